@@ -1,0 +1,307 @@
+"""The public functions: each checks its call as a Problem and hands it to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from . import tiled
+from .arrays import Array, namespace
+from .problem import Device, Options, Problem, Window, check_flag
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    out: Array | None = None,
+    device: Device | None = None,
+) -> Array:
+    """Exact softmax attention, ``o = softmax(scale * q k^T) v``, in memory linear in N.
+
+    The layout follows `numpy.matmul`: the last two axes are (sequence, feature), the axis before
+    them is the head, all others are batch axes, which broadcast. ``(N, D)`` and ``(H, N, D)`` are
+    accepted. Arrays may have any strides: pass a ``(B, N, H, D)`` array as ``x.swapaxes(1, 2)``.
+
+    Parameters
+    ----------
+    q : array, (*batch, H, Nq, D)
+        Queries: a NumPy or CuPy array of float16, bfloat16 (ml_dtypes), float32 or float64.
+    k : array, (*batch, Hkv, Nk, D)
+        Keys, of q's dtype. H is a multiple of Hkv; query head h reads key head h // (H / Hkv).
+    v : array, (*batch, Hkv, Nk, Dv)
+        Values, of q's dtype. Dv may differ from D.
+    causal : bool
+        Query i sees key j only where ``j <= i + Nk - Nq``: aligned at the bottom right, so that
+        the last query sees the last key.
+    window : (left, right), optional
+        Query i sees key j only where ``i + Nk - Nq - left <= j <= i + Nk - Nq + right``, each side
+        inclusive; None on a side is unlimited.
+    scale : float, optional
+        Factor on ``q k^T``; ``1 / sqrt(D)`` by default.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``, after scale and before masks [2]_.
+    alibi_slopes : array, (H,) or (*batch, H), optional
+        Adds ``-slope * |i + Nk - Nq - j|`` to the scores [3]_; float32 or float64.
+    out : array, (*batch, H, Nq, Dv), optional
+        Where to write the result. Must not overlap an input.
+    device : {'cpu', 'gpu'}, optional
+        Where NumPy arrays are computed: by default on the GPU when there is one. CuPy arrays are
+        always computed on the GPU they are on, on the current stream.
+
+    Returns
+    -------
+    o : array, (*batch, H, Nq, Dv)
+        Of q's dtype and array type. A row that sees no key is 0.
+
+    Raises
+    ------
+    TypeError
+        Not NumPy or CuPy arrays, a mixture of both, unsupported or mixed dtypes, options of a
+        wrong type.
+    ValueError
+        Shapes that do not fit together, options out of range, a device that is not there.
+
+    Notes
+    -----
+    Computed tile by tile with online softmax [1]_, so that the N x N matrix of scores never exists.
+
+    References
+    ----------
+    .. [1] T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Ré, "FlashAttention: fast and memory-efficient
+       exact attention with IO-awareness", 2022.
+    .. [2] Gemma Team, "Gemma 2: improving open language models at a practical size", 2024.
+    .. [3] O. Press, N. A. Smith, M. Lewis, "Train short, test long: attention with linear biases
+       enables input length extrapolation", 2021.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flash_cupy import attention
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 8, 1024, 64), dtype=np.float32)
+    >>> attention(q, k, v, causal=True).shape
+    (8, 1024, 64)
+    """
+    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    return _forward(problem, q, k, v, alibi_slopes, (out, None))[0]
+
+
+def attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    out: tuple[Array | None, Array | None] | None = None,
+    device: Device | None = None,
+) -> tuple[Array, Array]:
+    """Compute attention and what its backward pass needs.
+
+    Parameters
+    ----------
+    q, k, v, causal, window, scale, softcap, alibi_slopes, device
+        As in `attention`.
+    out : (o, lse), optional
+        Arrays to write the results to, None for one to be allocated.
+
+    Returns
+    -------
+    o : array, (*batch, H, Nq, Dv)
+        As in `attention`.
+    lse : array, (*batch, H, Nq)
+        Log-sum-exp of each row's scores, ``L_i = log(sum_j exp(S_ij))``, natural logarithm;
+        float32, for float64 input float64. A row that sees no key has -inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `attention`.
+
+    Notes
+    -----
+    Results over disjoint sets of keys merge into that of all keys by their lse:
+    ``lse = logaddexp(lse1, lse2)``, ``o = exp(lse1 - lse) * o1 + exp(lse2 - lse) * o2``.
+    """
+    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    return _forward(problem, q, k, v, alibi_slopes, out)
+
+
+def attention_backward(
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
+    lse: Array,
+    *,
+    dlse: Array | None = None,
+    deterministic: bool = False,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+    device: Device | None = None,
+) -> tuple[Array, Array, Array]:
+    """Compute the gradients with respect to q, k and v by recomputation from lse.
+
+    Parameters
+    ----------
+    do : array, (*batch, H, Nq, Dv)
+        Gradient with respect to o, of q's dtype.
+    q, k, v, causal, window, scale, softcap, alibi_slopes, device
+        As given to `attention_forward`.
+    o, lse
+        What `attention_forward` returned.
+    dlse : array, (*batch, H, Nq), optional
+        Gradient with respect to lse, of lse's dtype; zero by default.
+    deterministic : bool
+        Make equal calls give equal bits, in memory linear in N. The CPU engine always does.
+    out : (dq, dk, dv), optional
+        Arrays to write the results to, None for one to be allocated.
+
+    Returns
+    -------
+    dq, dk, dv : arrays
+        With the shapes and the dtype of q, k and v. Summed over the query heads that share a key
+        head, and over axes along which an input was broadcast.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `attention`, and for do, o, lse and dlse that do not belong to q.
+
+    Notes
+    -----
+    With ``P_ij = exp(S_ij - L_i)`` and ``D_i = sum_d do_id o_id - dlse_i`` (section 3.1 of [1]_)::
+
+        dv_j = sum_i P_ij do_i                      dS_ij = P_ij (do_i . v_j - D_i)
+        dq_i = scale * sum_j dS_ij k_j              dk_j = scale * sum_i dS_ij q_i
+
+    References
+    ----------
+    .. [1] T. Dao, "FlashAttention-2: faster attention with better parallelism and work
+       partitioning", 2023.
+    """
+    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    return _backward(problem, do, q, k, v, alibi_slopes, o, lse, dlse, deterministic, out)
+
+
+def attention_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    out: Array | None = None,
+    device: Device | None = None,
+) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """Compute attention together with the function that propagates a gradient back through it.
+
+    Parameters
+    ----------
+    q, k, v, causal, window, scale, softcap, alibi_slopes, out, device
+        As in `attention`.
+
+    Returns
+    -------
+    o : array, (*batch, H, Nq, Dv)
+        As in `attention`.
+    backprop : callable
+        ``backprop(do)`` returns ``(dq, dk, dv)``, as `attention_backward` does. It holds q, k, v,
+        o and lse, which must stay unchanged until it is called.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `attention`; backprop raises them for a do that does not belong to o.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from flash_cupy import attention_vjp
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 8, 1024, 64), dtype=np.float32)
+    >>> o, backprop = attention_vjp(q, k, v, causal=True)
+    >>> dq, dk, dv = backprop(np.ones_like(o))
+    """
+    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    o, lse = _forward(problem, q, k, v, alibi_slopes, (out, None))
+
+    def backprop(do: Array) -> tuple[Array, Array, Array]:
+        return _backward(problem, do, q, k, v, alibi_slopes, o, lse)
+
+    return o, backprop
+
+
+def _forward(
+    problem: Problem,
+    q: Array,
+    k: Array,
+    v: Array,
+    alibi_slopes: Array | None,
+    out: tuple[Array | None, Array | None] | None,
+) -> tuple[Array, Array]:
+    inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
+    shapes = {"o": problem.o_shape, "lse": problem.lse_shape}
+    o, lse = _outputs(problem, out, shapes, inputs)
+    if problem.empty:
+        o[...], lse[...] = 0, -np.inf
+    else:
+        tiled.forward(problem, q, k, v, alibi_slopes, o, lse)
+    return o, lse
+
+
+def _backward(
+    problem: Problem,
+    do: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    alibi_slopes: Array | None,
+    o: Array,
+    lse: Array,
+    dlse: Array | None = None,
+    deterministic: bool = False,
+    out: tuple[Array | None, Array | None, Array | None] | None = None,
+) -> tuple[Array, Array, Array]:
+    check_flag("deterministic", deterministic)
+    rows = {"do": do, "o": o, "lse": lse, "dlse": dlse}
+    problem.check_rows(rows)
+    inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, **rows}
+    shapes = {"dq": q.shape, "dk": k.shape, "dv": v.shape}
+    dq, dk, dv = _outputs(problem, out, shapes, inputs)
+    if problem.empty:
+        dq[...], dk[...], dv[...] = 0, 0, 0
+    else:
+        tiled.backward(problem, do, q, k, v, o, lse, dlse, alibi_slopes, dq, dk, dv)
+    return dq, dk, dv
+
+
+def _outputs(
+    problem: Problem,
+    out: tuple[Array | None, ...] | None,
+    shapes: dict[str, tuple[int, ...]],
+    inputs: dict[str, Array | None],
+) -> Iterator[Array]:
+    """Return the arrays to write to: the caller's where given (checked), new ones elsewhere."""
+    given = problem.check_out(out, shapes, inputs)
+    xp = namespace(inputs["q"])
+    for name, shape in shapes.items():
+        x = given.get(name)
+        yield xp.empty(shape, problem.result_dtype(name)) if x is None else x

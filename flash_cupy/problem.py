@@ -1,0 +1,373 @@
+"""Problem: one attention call, checked and normalised.
+
+Every error about a caller's input is raised here and nowhere else: ``TypeError`` for a wrong kind
+of thing, ``ValueError`` for a wrong value or shape. A `Problem` holds no array data, so that calls
+that look alike share one (`Problem.of` remembers them).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array
+from .band import Band
+from .cuda.availability import why_no_gpu
+
+Window = tuple[int | None, int | None]
+Device = Literal["cpu", "gpu"]
+
+
+class Options(NamedTuple):
+    """The options that every function takes, as the caller gave them."""
+
+    causal: bool = False
+    window: Window | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi_slopes: Array | None = None
+    device: Device | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a check needs to know of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes, options and device of one call.
+
+    The full problem is ``q (*batch, heads, seqlen_q, head_dim)``,
+    ``k (*batch, kv_heads, seqlen_k, head_dim)``, ``v (*batch, kv_heads, seqlen_k, head_dim_v)``
+    and ``o (*batch, heads, seqlen_q, head_dim_v)``; the arrays themselves may lack batch axes or
+    have extent 1 there (broadcasting).
+    """
+
+    kind: arrays.Kind
+    device: Device
+    dtype: np.dtype[Any]
+    batch: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    band: Band
+    scale: float
+    softcap: float | None
+    o_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, q: Array, k: Array, v: Array, options: Options) -> Problem:
+        """Check a call's arrays and options.
+
+        Raises
+        ------
+        TypeError
+            Not NumPy or CuPy arrays, a mixture of both, an unsupported or a mixed dtype, options
+            of a wrong type.
+        ValueError
+            Shapes that do not fit, options out of range, a device that is not there.
+        """
+        named = {"q": q, "k": k, "v": v}
+        slopes = options.alibi_slopes
+        if slopes is not None:
+            named["alibi_slopes"] = slopes
+        kind = arrays.common_kind(named)
+        return _problem(
+            kind,
+            _resolve_device(kind, options.device),
+            Spec(q.shape, q.dtype),
+            Spec(k.shape, k.dtype),
+            Spec(v.shape, v.dtype),
+            check_flag("causal", options.causal),
+            _check_window(options.window),
+            _check_number("scale", options.scale, "a finite number >= 0"),
+            _check_number("softcap", options.softcap, "a finite number > 0", positive=True),
+            None if slopes is None else Spec(slopes.shape, slopes.dtype),
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no pair of a row and a key at all, and so nothing to compute."""
+        return 0 in (*self.batch, self.heads, self.seqlen_q, self.seqlen_k)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def compute_dtype(self) -> np.dtype[Any]:
+        """Dtype of L, D and of the sums: float64 for float64, float32 for all else."""
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """Batch axes, heads and rows of o, with the head axis even where o has none."""
+        return (*self.batch, self.heads, self.seqlen_q)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """One log-sum-exp for each row of o."""
+        return self.o_shape[:-1]
+
+    def check_rows(self, inputs: dict[str, Array | None]) -> None:
+        """Check ``do`` and ``o`` (like o) and ``lse`` and ``dlse`` (like lse) of a backward call.
+
+        Raises
+        ------
+        TypeError
+            Another kind of array than q, or another dtype than the one that belongs to q.
+        ValueError
+            A shape that does not belong to q.
+        """
+        for name, x in inputs.items():
+            if x is not None:
+                shape = self.lse_shape if name in ("lse", "dlse") else self.o_shape
+                self._check_like(name, x, self.result_dtype(name), shape)
+
+    def check_out(
+        self,
+        out: tuple[Array | None, ...] | None,
+        shapes: dict[str, tuple[int, ...]],
+        inputs: dict[str, Array | None],
+    ) -> dict[str, Array]:
+        """Check arrays that a caller wants results written to, before any work.
+
+        ``shapes`` has the name and the shape of each result, in the order of ``out``.
+
+        Raises
+        ------
+        TypeError
+            Not a tuple of arrays like q, or a dtype that is not the result's.
+        ValueError
+            A shape that is not the result's, read-only memory, or an overlap with an input, with
+            another output or with itself.
+        """
+        if out is None:
+            return {}
+        if not isinstance(out, tuple) or len(out) != len(shapes):
+            raise TypeError(f"out: got {type(out).__name__}, takes a tuple ({', '.join(shapes)})")
+        given = {name: x for name, x in zip(shapes, out, strict=True) if x is not None}
+        others = {name: x for name, x in inputs.items() if x is not None}
+        for name, x in given.items():
+            self._check_like(f"out ({name})", x, self.result_dtype(name), shapes[name])
+            if not arrays.writeable(x):
+                raise ValueError(f"out ({name}): got a read-only array, takes a writeable one")
+            if arrays.overlaps_itself(x):
+                raise ValueError(
+                    f"out ({name}): got strides {x.strides}, with which elements share memory; "
+                    "takes an array with a place of its own for each element"
+                )
+            for other, y in others.items():
+                if arrays.overlap(x, y):
+                    raise ValueError(
+                        f"out ({name}): got memory that overlaps {other}, takes memory of its own"
+                    )
+            others[f"out ({name})"] = x
+        return given
+
+    def result_dtype(self, name: str) -> np.dtype[Any]:
+        """Dtype of an array by its name: that of q, but for sums over a row's keys."""
+        return self.compute_dtype if name in ("lse", "dlse") else self.dtype
+
+    def _check_like(
+        self, label: str, x: Array, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> None:
+        kind = arrays.kind_of(label, x)
+        if kind != self.kind:
+            raise TypeError(
+                f"{label}: got a {kind} array, takes a {self.kind} array as q, k and v are"
+            )
+        if x.dtype != dtype:
+            raise TypeError(f"{label}: got dtype {x.dtype}, takes {dtype} where q is {self.dtype}")
+        if x.shape != shape:
+            raise ValueError(f"{label}: got shape {x.shape}, takes {shape}")
+
+
+@lru_cache(maxsize=4096)
+def _problem(
+    kind: arrays.Kind,
+    device: Device,
+    q: Spec,
+    k: Spec,
+    v: Spec,
+    causal: bool,
+    window: Window,
+    scale: float | None,
+    softcap: float | None,
+    slopes: Spec | None,
+) -> Problem:
+    """Check dtypes and shapes, which depend on nothing but the arguments given here."""
+    dtype = _check_dtypes({"q": q, "k": k, "v": v})
+    _check_axes(q.shape, k.shape, v.shape)
+    seqlen_q, head_dim = q.shape[-2:]
+    seqlen_k, head_dim_v = v.shape[-2:]
+    heads, kv_heads = _check_heads(q.shape, k.shape, v.shape)
+    batch = _check_batch(q.shape, k.shape, v.shape)
+    if slopes is not None:
+        _check_slopes(slopes, (*batch, heads))
+    one_head = len(q.shape) == len(k.shape) == len(v.shape) == 2
+    o_shape = (*(() if one_head else (*batch, heads)), seqlen_q, head_dim_v)
+    return Problem(
+        kind=kind,
+        device=device,
+        dtype=dtype,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        band=Band.of(seqlen_q, seqlen_k, causal, window),
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        softcap=softcap,
+        o_shape=o_shape,
+    )
+
+
+def _check_dtypes(named: dict[str, Spec]) -> np.dtype[Any]:
+    for name, x in named.items():
+        if x.dtype not in arrays.dtypes():
+            raise TypeError(
+                f"{name}: got dtype {x.dtype}, takes float16, bfloat16 (ml_dtypes), float32 or "
+                "float64 in native byte order"
+            )
+    if len({x.dtype for x in named.values()}) > 1:
+        got = ", ".join(f"{name} {x.dtype}" for name, x in named.items())
+        raise TypeError(f"q, k and v: got mixed dtypes ({got}), takes one dtype for all three")
+    return next(iter(named.values())).dtype
+
+
+def _check_axes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    """Check the last two axes, (sequence, feature)."""
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{name}: got shape {shape}, takes at least the two axes (sequence, head dim)"
+            )
+        if shape[-1] == 0:
+            raise ValueError(f"{name}: got head dim 0 in shape {shape}, takes at least 1")
+    if k[-1] != q[-1]:
+        raise ValueError(
+            f"k: got head dim {k[-1]} (last axis of {k}), takes q's head dim {q[-1]} "
+            f"(q has shape {q})"
+        )
+    if v[-2] != k[-2]:
+        raise ValueError(
+            f"v: got {v[-2]} keys (axis -2 of {v}), takes as many as k, {k[-2]} (k has shape {k})"
+        )
+
+
+def _head_count(shape: tuple[int, ...]) -> int:
+    return shape[-3] if len(shape) > 2 else 1
+
+
+def _check_heads(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[int, int]:
+    heads, kv_heads = _head_count(q), _head_count(k)
+    if _head_count(v) != kv_heads:
+        raise ValueError(
+            f"v: got {_head_count(v)} heads (axis -3 of {v}), takes as many as k, {kv_heads} "
+            f"(k has shape {k})"
+        )
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"q: got {heads} heads (axis -3 of {q}), takes a multiple of k's heads, {kv_heads} "
+            f"(k has shape {k})"
+        )
+    return heads, kv_heads
+
+
+def _check_batch(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(q[:-3], k[:-3], v[:-3])
+    except ValueError:
+        raise ValueError(
+            f"q, k and v: got batch axes {q[:-3]}, {k[:-3]} and {v[:-3]}, takes axes that "
+            "broadcast against each other"
+        ) from None
+
+
+def _check_slopes(slopes: Spec, lead: tuple[int, ...]) -> None:
+    if slopes.dtype not in (np.float32, np.float64):
+        raise TypeError(f"alibi_slopes: got dtype {slopes.dtype}, takes float32 or float64")
+    heads = lead[-1:]
+    if slopes.shape not in (heads, lead):
+        raise ValueError(
+            f"alibi_slopes: got shape {slopes.shape}, takes (H,) = {heads} or (*batch, H) = {lead}"
+        )
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Check an option that is on or off."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: got {value!r}, takes True or False")
+    return bool(value)
+
+
+def _check_window(window: Window | None) -> Window:
+    if window is None:
+        return (None, None)
+    if not isinstance(window, tuple):
+        raise TypeError(f"window: got {window!r}, takes None or a tuple (left, right)")
+    if len(window) != 2:
+        raise ValueError(f"window: got {len(window)} sides, takes two: (left, right)")
+    left, right = (_check_side(window, side) for side in window)
+    return (left, right)
+
+
+def _check_side(window: Window, side: int | None) -> int | None:
+    if side is None:
+        return None
+    if isinstance(side, bool | np.bool_) or not hasattr(side, "__index__"):
+        raise TypeError(f"window: got {window!r}, takes a whole number or None on each side")
+    if (count := operator.index(side)) < 0:
+        raise ValueError(f"window: got {window!r}, takes sides >= 0 (keys in sight) or None")
+    return count
+
+
+def _check_number(
+    name: str, value: float | None, takes: str, *, positive: bool = False
+) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {value!r}, takes None or {takes}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name}: got {value!r}, takes None or {takes}")
+    return number
+
+
+def _resolve_device(kind: arrays.Kind, device: Device | None) -> Device:
+    """NumPy arrays run on the GPU where there is one; CuPy arrays stay where they are."""
+    if device not in (None, "cpu", "gpu"):
+        error = ValueError if isinstance(device, str) else TypeError
+        raise error(f"device: got {device!r}, takes None, 'cpu' or 'gpu'")
+    if kind == "cupy":
+        if device == "cpu":
+            raise ValueError(
+                "device: got 'cpu' with CuPy arrays, takes 'gpu' or None there (cupy.asnumpy "
+                "brings an array to the CPU)"
+            )
+        return "gpu"
+    if device == "cpu":
+        return "cpu"
+    reason = why_no_gpu()
+    if device == "gpu" and reason is not None:
+        raise ValueError(f"device: got 'gpu', but {reason}; takes 'cpu' or None here")
+    return "cpu" if reason is not None else "gpu"

@@ -1,0 +1,32 @@
+"""Fixtures and hypothesis profiles that every test file shares."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+from engines import Engine, available_engines
+
+from flash_cupy import tiled
+
+# Examples are the same in every run of CI; FLASH_CUPY_EXAMPLES=1000 searches further.
+hypothesis.settings.register_profile(
+    "default",
+    max_examples=int(os.environ.get("FLASH_CUPY_EXAMPLES", "40")),
+    deadline=None,
+    derandomize="FLASH_CUPY_EXAMPLES" not in os.environ,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(params=available_engines(), ids=lambda engine: engine.name)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Each engine in turn. The CPU engine gets tiles so small that short sequences have many."""
+    monkeypatch.setattr(tiled, "MIN_TILE", 16)
+    monkeypatch.setattr(tiled, "MAX_TILE", 32)
+    return request.param

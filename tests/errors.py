@@ -1,0 +1,51 @@
+"""How far a result may be from the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from strategies import FLOAT64, Case
+
+import flash_cupy
+
+NAMES = ("o", "lse", "dq", "dk", "dv")
+
+
+def dense(case: Case, dtype: np.dtype | None = None) -> tuple[Any, ...]:
+    """Return (o, lse, dq, dk, dv) of the specification, computed in ``dtype``."""
+    options = {**case.options, "device": "cpu", "dtype": dtype}
+    o, lse = flash_cupy.dense_attention_forward(case.q, case.k, case.v, **options)
+    grads = flash_cupy.dense_attention_backward(
+        case.do, case.q, case.k, case.v, dlse=case.dlse, **options
+    )
+    return (o, lse, *grads)
+
+
+def assert_exact(case: Case, results: tuple[Any, ...]) -> None:
+    """Check results, or the first few of them, against float64 and the specification's own error.
+
+    float64 agrees to 1e-12. In the other dtypes the error is at most twice that of the
+    specification computed in the same dtype, plus a few roundings of the largest entry.
+    """
+    reference = dense(case.astype(FLOAT64), FLOAT64)
+    same_dtype = dense(case)
+    for name, got, expected, spec in zip(NAMES, results, reference, same_dtype, strict=False):
+        assert got.shape == expected.shape, name
+        assert got.dtype == spec.dtype, name
+        np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected), err_msg=name)
+        got, spec = (np.where(np.isneginf(x), 0, x).astype(FLOAT64) for x in (got, spec))
+        expected = np.where(np.isneginf(expected), 0, expected)
+        largest = max(1.0, abs(expected).max(initial=0))
+        error = abs(got - expected).max(initial=0)
+        if case.dtype == FLOAT64:
+            bound = 1e-12 * largest
+        else:
+            bound = 2 * abs(spec - expected).max(initial=0) + 4 * _epsilon(name, case) * largest
+        assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
+
+
+def _epsilon(name: str, case: Case) -> float:
+    from ml_dtypes import finfo
+
+    return float(finfo(np.float32 if name == "lse" else case.dtype).eps)
