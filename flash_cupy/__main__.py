@@ -26,7 +26,7 @@ from . import (
     dense_attention_forward,
 )
 from .arrays import Array, dtypes
-from .cuda.availability import why_no_gpu
+from .gpu import why_no_gpu
 from .problem import Device
 
 HEADS, SEQLEN, HEAD_DIM = 1, 1024, 64

@@ -58,6 +58,11 @@ def namespace(x: Array) -> ModuleType:
     return np if isinstance(x, np.ndarray) else sys.modules["cupy"]
 
 
+def address(x: Array) -> int:
+    """Return where the first element lies, in the memory of the array's device."""
+    return int(x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr)
+
+
 def writeable(x: Array) -> bool:
     """Whether elements may be assigned; CuPy arrays always can."""
     return bool(getattr(x.flags, "writeable", True))

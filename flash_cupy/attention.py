@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from . import tiled
 from .arrays import Array, namespace
-from .problem import Device, Options, Problem, Window, check_flag
+from .engine import engine_for
+from .problem import Device, Options, Precision, Problem, Window, check_flag
 
 
 def attention(
@@ -23,6 +23,7 @@ def attention(
     alibi_slopes: Array | None = None,
     out: Array | None = None,
     device: Device | None = None,
+    precision: Precision | None = None,
 ) -> Array:
     """Exact softmax attention, ``o = softmax(scale * q k^T) v``, in memory linear in N.
 
@@ -55,6 +56,9 @@ def attention(
     device : {'cpu', 'gpu'}, optional
         Where NumPy arrays are computed: by default on the GPU when there is one. CuPy arrays are
         always computed on the GPU they are on, on the current stream.
+    precision : {'tf32'}, optional
+        Let the GPU round float32 operands of products to TF32 (10 bits after the point), which is
+        faster. By default float32 means float32 accuracy. The CPU engine always has that.
 
     Returns
     -------
@@ -89,7 +93,8 @@ def attention(
     >>> attention(q, k, v, causal=True).shape
     (8, 1024, 64)
     """
-    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    options = Options(causal, window, scale, softcap, alibi_slopes, device, precision)
+    problem = Problem.of(q, k, v, options)
     return _forward(problem, q, k, v, alibi_slopes, (out, None))[0]
 
 
@@ -105,12 +110,13 @@ def attention_forward(
     alibi_slopes: Array | None = None,
     out: tuple[Array | None, Array | None] | None = None,
     device: Device | None = None,
+    precision: Precision | None = None,
 ) -> tuple[Array, Array]:
     """Compute attention and what its backward pass needs.
 
     Parameters
     ----------
-    q, k, v, causal, window, scale, softcap, alibi_slopes, device
+    q, k, v, causal, window, scale, softcap, alibi_slopes, device, precision
         As in `attention`.
     out : (o, lse), optional
         Arrays to write the results to, None for one to be allocated.
@@ -133,7 +139,8 @@ def attention_forward(
     Results over disjoint sets of keys merge into that of all keys by their lse:
     ``lse = logaddexp(lse1, lse2)``, ``o = exp(lse1 - lse) * o1 + exp(lse2 - lse) * o2``.
     """
-    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    options = Options(causal, window, scale, softcap, alibi_slopes, device, precision)
+    problem = Problem.of(q, k, v, options)
     return _forward(problem, q, k, v, alibi_slopes, out)
 
 
@@ -154,6 +161,7 @@ def attention_backward(
     alibi_slopes: Array | None = None,
     out: tuple[Array | None, Array | None, Array | None] | None = None,
     device: Device | None = None,
+    precision: Precision | None = None,
 ) -> tuple[Array, Array, Array]:
     """Compute the gradients with respect to q, k and v by recomputation from lse.
 
@@ -161,7 +169,7 @@ def attention_backward(
     ----------
     do : array, (*batch, H, Nq, Dv)
         Gradient with respect to o, of q's dtype.
-    q, k, v, causal, window, scale, softcap, alibi_slopes, device
+    q, k, v, causal, window, scale, softcap, alibi_slopes, device, precision
         As given to `attention_forward`.
     o, lse
         What `attention_forward` returned.
@@ -195,7 +203,8 @@ def attention_backward(
     .. [1] T. Dao, "FlashAttention-2: faster attention with better parallelism and work
        partitioning", 2023.
     """
-    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    options = Options(causal, window, scale, softcap, alibi_slopes, device, precision)
+    problem = Problem.of(q, k, v, options)
     return _backward(problem, do, q, k, v, alibi_slopes, o, lse, dlse, deterministic, out)
 
 
@@ -211,12 +220,13 @@ def attention_vjp(
     alibi_slopes: Array | None = None,
     out: Array | None = None,
     device: Device | None = None,
+    precision: Precision | None = None,
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
     """Compute attention together with the function that propagates a gradient back through it.
 
     Parameters
     ----------
-    q, k, v, causal, window, scale, softcap, alibi_slopes, out, device
+    q, k, v, causal, window, scale, softcap, alibi_slopes, out, device, precision
         As in `attention`.
 
     Returns
@@ -240,7 +250,8 @@ def attention_vjp(
     >>> o, backprop = attention_vjp(q, k, v, causal=True)
     >>> dq, dk, dv = backprop(np.ones_like(o))
     """
-    problem = Problem.of(q, k, v, Options(causal, window, scale, softcap, alibi_slopes, device))
+    options = Options(causal, window, scale, softcap, alibi_slopes, device, precision)
+    problem = Problem.of(q, k, v, options)
     o, lse = _forward(problem, q, k, v, alibi_slopes, (out, None))
 
     def backprop(do: Array) -> tuple[Array, Array, Array]:
@@ -263,7 +274,7 @@ def _forward(
     if problem.empty:
         o[...], lse[...] = 0, -np.inf
     else:
-        tiled.forward(problem, q, k, v, alibi_slopes, o, lse)
+        engine_for(problem).forward(problem, q, k, v, alibi_slopes, o, lse)
     return o, lse
 
 
@@ -289,7 +300,9 @@ def _backward(
     if problem.empty:
         dq[...], dk[...], dv[...] = 0, 0, 0
     else:
-        tiled.backward(problem, do, q, k, v, o, lse, dlse, alibi_slopes, dq, dk, dv)
+        engine_for(problem).backward(
+            problem, do, q, k, v, o, lse, dlse, alibi_slopes, dq, dk, dv, deterministic
+        )
     return dq, dk, dv
 
 

@@ -19,10 +19,14 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .band import Band
-from .cuda.availability import why_no_gpu
+from .gpu import why_no_gpu
 
 Window = tuple[int | None, int | None]
 Device = Literal["cpu", "gpu"]
+Precision = Literal["tf32"]
+
+#: What the accumulators of a tile leave room for in the registers of a GPU.
+MAX_GPU_HEAD_DIM = 256
 
 
 class Options(NamedTuple):
@@ -34,6 +38,7 @@ class Options(NamedTuple):
     softcap: float | None = None
     alibi_slopes: Array | None = None
     device: Device | None = None
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Spec:
     dtype: np.dtype[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: `Problem.of` keeps one for equal calls
 class Problem:
     """Shapes, options and device of one call.
 
@@ -67,6 +72,7 @@ class Problem:
     band: Band
     scale: float
     softcap: float | None
+    precision: Precision | None
     o_shape: tuple[int, ...]
 
     @classmethod
@@ -97,6 +103,7 @@ class Problem:
             _check_number("scale", options.scale, "a finite number >= 0"),
             _check_number("softcap", options.softcap, "a finite number > 0", positive=True),
             None if slopes is None else Spec(slopes.shape, slopes.dtype),
+            _check_precision(options.precision),
         )
 
     @property
@@ -210,10 +217,15 @@ def _problem(
     scale: float | None,
     softcap: float | None,
     slopes: Spec | None,
+    precision: Precision | None,
 ) -> Problem:
     """Check dtypes and shapes, which depend on nothing but the arguments given here."""
     dtype = _check_dtypes({"q": q, "k": k, "v": v})
+    if precision is not None and dtype != np.float32:
+        raise ValueError(f"precision: got {precision!r} for {dtype}, takes None there")
     _check_axes(q.shape, k.shape, v.shape)
+    if device == "gpu":
+        _check_head_dims(q.shape, v.shape)
     seqlen_q, head_dim = q.shape[-2:]
     seqlen_k, head_dim_v = v.shape[-2:]
     heads, kv_heads = _check_heads(q.shape, k.shape, v.shape)
@@ -236,6 +248,7 @@ def _problem(
         band=Band.of(seqlen_q, seqlen_k, causal, window),
         scale=1 / math.sqrt(head_dim) if scale is None else scale,
         softcap=softcap,
+        precision=precision,
         o_shape=o_shape,
     )
 
@@ -271,6 +284,15 @@ def _check_axes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> N
         raise ValueError(
             f"v: got {v[-2]} keys (axis -2 of {v}), takes as many as k, {k[-2]} (k has shape {k})"
         )
+
+
+def _check_head_dims(q: tuple[int, ...], v: tuple[int, ...]) -> None:
+    for name, shape in (("q", q), ("v", v)):
+        if shape[-1] > MAX_GPU_HEAD_DIM:
+            raise ValueError(
+                f"{name}: got head dim {shape[-1]}, takes at most {MAX_GPU_HEAD_DIM} on the GPU "
+                "(NumPy arrays of any head dim run with device='cpu')"
+            )
 
 
 def _head_count(shape: tuple[int, ...]) -> int:
@@ -351,6 +373,13 @@ def _check_number(
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name}: got {value!r}, takes None or {takes}")
     return number
+
+
+def _check_precision(precision: Precision | None) -> Precision | None:
+    if precision not in (None, "tf32"):
+        error = ValueError if isinstance(precision, str) else TypeError
+        raise error(f"precision: got {precision!r}, takes None or 'tf32'")
+    return precision
 
 
 def _resolve_device(kind: arrays.Kind, device: Device | None) -> Device:

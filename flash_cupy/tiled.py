@@ -99,8 +99,12 @@ def backward(
     dq: Floats,
     dk: Floats,
     dv: Floats,
+    deterministic: bool,
 ) -> None:
-    """Compute the gradients into dq, dk and dv, which have the shapes of q, k and v."""
+    """Compute the gradients into dq, dk and dv, which have the shapes of q, k and v.
+
+    All is summed in a fixed order, so that this is deterministic even where it need not be.
+    """
     d = (do.astype(problem.compute_dtype) * o.astype(problem.compute_dtype)).sum(axis=-1)
     if dlse is not None:
         d = d - dlse

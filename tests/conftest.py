@@ -6,9 +6,10 @@ import os
 
 import hypothesis
 import pytest
-from engines import Engine, available_engines
+from engines import HOST, Engine, available_engines
 
 from flash_cupy import tiled
+from flash_cupy.cuda.engine import CudaEngine
 
 # Examples are the same in every run of CI; FLASH_CUPY_EXAMPLES=1000 searches further.
 hypothesis.settings.register_profile(
@@ -30,3 +31,22 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
     monkeypatch.setattr(tiled, "MIN_TILE", 16)
     monkeypatch.setattr(tiled, "MAX_TILE", 32)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def host_cuda_engine() -> CudaEngine:
+    """The CUDA engine with a simulated device in place of a GPU."""
+    from host.device import missing_compiler
+    from host.machine import HostMachine
+
+    reason = missing_compiler()
+    if reason is not None:
+        pytest.skip(reason)
+    return CudaEngine(HostMachine())
+
+
+@pytest.fixture
+def host_engine(host_cuda_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The simulated device in place of the CPU engine."""
+    monkeypatch.setattr("flash_cupy.engine.tiled", host_cuda_engine)
+    return HOST

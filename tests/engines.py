@@ -14,7 +14,7 @@ import numpy as np
 from strategies import Case, Layout
 
 import flash_cupy
-from flash_cupy.cuda.availability import why_no_gpu
+from flash_cupy.gpu import why_no_gpu
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class Engine:
 
 def _identity(x: Any) -> Any:
     return x
+
+
+#: The CUDA engine on a simulated device, where the fixture ``host_engine`` has put it in place.
+HOST = Engine("host", np, _identity, _identity, {"device": "cpu"})
 
 
 def available_engines() -> list[Engine]:

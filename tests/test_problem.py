@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flash_cupy
-from flash_cupy.cuda.availability import why_no_gpu
+from flash_cupy.gpu import why_no_gpu
 
 
 def array(*shape: int, dtype: Any = np.float32) -> Any:

@@ -2,3 +2,23 @@
 
 Importing it needs neither CuPy nor a GPU: CuPy is imported where a kernel is compiled or launched.
 """
+
+from __future__ import annotations
+
+from functools import cache
+
+from .engine import CudaEngine
+from .launch import Gpu
+from .staging import StagedEngine
+
+
+@cache
+def gpu_engine() -> CudaEngine:
+    """Return the engine for CuPy arrays on the current device."""
+    return CudaEngine(Gpu())
+
+
+@cache
+def staged_engine() -> StagedEngine:
+    """Return the engine for NumPy arrays, which brings them to the current device and back."""
+    return StagedEngine(gpu_engine())

@@ -1,0 +1,100 @@
+"""The two attentions that are compared, and what a forward and backward pass of each costs."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformer import Array, Attend, Config
+
+import flash_cupy
+
+SECONDS = 0.3  # for timing one attention at one context length
+
+
+def dense_vjp(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Callable[..., Any]]:
+    """Do what `flash_cupy.attention_vjp` does by the plain N×N computation."""
+    o = flash_cupy.dense_attention(q, k, v, **options)
+    return o, lambda do: flash_cupy.dense_attention_backward(do, q, k, v, **options)
+
+
+ATTENTIONS: dict[str, Attend] = {"flash": flash_cupy.attention_vjp, "dense": dense_vjp}
+
+
+def attention_named(name: str, xp: Any) -> Attend:
+    """Choose the attention `name` for arrays of `xp`; NumPy arrays stay on the CPU."""
+    return partial(ATTENTIONS[name], device="cpu" if xp is np else "gpu")
+
+
+def attention_pass(attend: Attend, xp: Any, config: Config, context: int) -> Callable[[], None]:
+    """Prepare the forward and backward pass of one layer on one sequence of `context` tokens."""
+    rng = np.random.default_rng(0)
+    shape = (1, config.heads, context, config.width // config.heads)
+    q, k, v, do = (xp.asarray(rng.standard_normal(shape).astype(config.dtype)) for _ in range(4))
+
+    def forward_and_backward() -> None:
+        _, backprop = attend(q, k, v, causal=config.causal)
+        backprop(do)
+
+    return forward_and_backward
+
+
+def seconds_taken(call: Callable[[], None], xp: Any) -> float:
+    """Time the fastest call of those that fit into SECONDS, one at least."""
+    wait = (lambda: None) if xp is np else xp.cuda.Device().synchronize
+    times: list[float] = []
+    while sum(times) < SECONDS:
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peak_bytes(call: Callable[[], object], xp: Any) -> int:
+    """Find the most memory held at once in a call: NumPy's by tracemalloc, CuPy's by its pool."""
+    if xp is np:
+        tracemalloc.start()
+        call()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+    pool = xp.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()  # in a call the pool only grows: its growth is the peak
+    call()
+    return int(pool.total_bytes() - before)
+
+
+def attention_costs(xp: Any, config: Config, contexts: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure both attentions at each context length."""
+    rows = []
+    for context in tqdm(contexts, desc="attention costs", leave=False):
+        row: dict[str, Any] = {"context": context}
+        for name in ATTENTIONS:
+            call = attention_pass(attention_named(name, xp), xp, config, context)
+            call()  # compiles, on a GPU
+            row[name] = {"seconds": seconds_taken(call, xp), "bytes": peak_bytes(call, xp)}
+        rows.append(row)
+    return rows
+
+
+def cost_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay the costs out, one line a context length."""
+    lines = [
+        f"{'':>8}  {'time forward + backward, ms':^30}  {'peak memory, MiB':^30}",
+        f"{'context':>8}  " + 2 * f"{'flash':>10}{'dense':>10}{'ratio':>10}  ",
+    ]
+    for row in rows:
+        line = f"{row['context']:>8}  "
+        for quantity, unit in (("seconds", 1e-3), ("bytes", 2**20)):
+            flash, dense = (row[name][quantity] / unit for name in ("flash", "dense"))
+            line += f"{flash:>10.2f}{dense:>10.2f}{dense / flash:>9.1f}×  "
+        lines.append(line)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,301 @@
+"""The competitors behind one face: flash_cupy, dense attention and PyTorch's backends.
+
+Each says how to compute o, and o with what a backward pass needs. PyTorch is no dependency: where
+it cannot be imported its backends are absent. Arrays go to and from it by DLPack, without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from cells import DTYPES, Cell
+from costs import dense_vjp, peak_bytes
+from timing import Call
+from transformer import Array
+
+import flash_cupy
+
+
+class Inputs(NamedTuple):
+    """Arrays of a cell, (batch, heads, seqlen, head_dim) each."""
+
+    q: Array
+    k: Array
+    v: Array
+    do: Array
+
+
+def random_inputs(cell: Cell, xp: Any) -> Inputs:
+    """Draw normal numbers; zeros would draw less power and so run faster."""
+    rng = xp.random.default_rng(0)
+    dtype = DTYPES[cell.dtype]
+    drawn = "float64" if dtype == "float64" else "float32"
+    if dtype == "bfloat16":
+        import ml_dtypes  # noqa: F401  gives NumPy the name of the dtype
+    return Inputs(
+        *(rng.standard_normal(cell.shape, dtype=drawn).astype(np.dtype(dtype)) for _ in range(4))
+    )
+
+
+class Competitor(ABC):
+    """An attention that is measured."""
+
+    name: str
+    #: Timed by itself, since it holds N×N matrices between its passes.
+    apart = False
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+
+    def takes(self, cell: Cell) -> bool:
+        """Whether it is meant for the cell at all."""
+        return True
+
+    @abstractmethod
+    def forward(self, x: Inputs, cell: Cell) -> Any:
+        """Compute o."""
+
+    @abstractmethod
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Any, Callable[[], tuple[Any, ...]]]:
+        """Compute o for training, and the function that returns dq, dk and dv."""
+
+    def prepare(self, x: Inputs, cell: Cell) -> Callable[[], tuple[Any, ...]]:
+        """Do what comes before a pass; the function returned is the pass itself."""
+        x = self.inputs(x)
+        if cell.direction == "forward":
+            return lambda: (self.forward(x, cell),)
+        if cell.direction != "both":
+            return self.vjp(x, cell)[1]
+
+        def both() -> tuple[Any, ...]:
+            o, backprop = self.vjp(x, cell)
+            return (o, *backprop())
+
+        return both
+
+    def inputs(self, x: Inputs) -> Inputs:
+        """Turn arrays of `xp` into its own."""
+        return x
+
+    def array(self, result: Any) -> Array:
+        """Turn a result into an array of `xp`."""
+        return result
+
+    def peak_bytes(self, call: Call) -> int:
+        """Find the most memory held at once in a call."""
+        return peak_bytes(call, self.xp)
+
+    def release(self) -> None:
+        """Give cached memory back to the device, so that others can have it."""
+        if self.xp is not np:
+            self.xp.get_default_memory_pool().free_all_blocks()
+
+
+# ------------------------------------------------------------------------------------- flash_cupy
+
+
+class Ours(Competitor):
+    """The library that this benchmark is about."""
+
+    name = "flash_cupy"
+
+    def options(self, cell: Cell) -> dict[str, Any]:
+        """Options of every call; NumPy arrays stay on the CPU."""
+        options: dict[str, Any] = {"causal": cell.causal}
+        if self.xp is np:
+            options["device"] = "cpu"
+        if cell.dtype == "tf32":
+            options["precision"] = "tf32"
+        return options
+
+    def forward(self, x: Inputs, cell: Cell) -> Array:
+        """Compute o, and lse, which the kernels write anyway."""
+        return flash_cupy.attention(x.q, x.k, x.v, **self.options(cell))
+
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Array, Callable[[], tuple[Array, ...]]]:
+        """Compute o and lse; dq, dk and dv by recomputation from lse."""
+        options = self.options(cell)
+        o, lse = flash_cupy.attention_forward(x.q, x.k, x.v, **options)
+        deterministic = cell.direction == "deterministic"
+        return o, lambda: flash_cupy.attention_backward(
+            x.do, x.q, x.k, x.v, o, lse, deterministic=deterministic, **options
+        )
+
+
+class OursDefault(Ours):
+    """The backward pass as it is by default, beside the deterministic one."""
+
+    name = "default backward"
+
+    def takes(self, cell: Cell) -> bool:
+        """Only deterministic cells: in all others it is the same as `Ours`."""
+        return cell.direction == "deterministic"
+
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Array, Callable[[], tuple[Array, ...]]]:
+        """Leave `deterministic` off."""
+        return super().vjp(x, replace(cell, direction="backward"))
+
+
+# ------------------------------------------------------------------------------- dense attention
+
+
+class Specification(Competitor):
+    """`flash_cupy.dense_attention`, whose backward pass computes P a second time."""
+
+    name = "dense_attention"
+
+    def forward(self, x: Inputs, cell: Cell) -> Array:
+        """Compute o with all of S and P at once."""
+        return flash_cupy.dense_attention(x.q, x.k, x.v, causal=cell.causal, device="cpu")
+
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Array, Callable[[], tuple[Array, ...]]]:
+        """Compute o now; dq, dk and dv from q, k, v and do alone."""
+        o, backprop = dense_vjp(x.q, x.k, x.v, causal=cell.causal, device="cpu")
+        return o, lambda: backprop(x.do)
+
+
+class Dense(Competitor):
+    """Dense attention as a careful user writes it: in place, P kept for the backward pass."""
+
+    name = "dense"
+    apart = True
+
+    def forward(self, x: Inputs, cell: Cell) -> Array:
+        """Compute O = P V."""
+        return self._matmul(self._softmax(x, cell), x.v)
+
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Array, Callable[[], tuple[Array, ...]]]:
+        """Compute O = P V; dS = scale P (dP - rowsum(P dP)) and its products with P kept."""
+        p = self._softmax(x, cell)
+        scale = 1 / math.sqrt(cell.head_dim)
+
+        def backprop() -> tuple[Array, ...]:
+            dv = self._matmul(p.mT, x.do)
+            ds = self._matmul(x.do, x.v.mT)
+            ds -= (p * ds).sum(axis=-1, keepdims=True)
+            ds *= p
+            ds *= scale
+            return self._matmul(ds, x.k), self._matmul(ds.mT, x.q), dv
+
+        return self._matmul(p, x.v), backprop
+
+    def _softmax(self, x: Inputs, cell: Cell) -> Array:
+        """P, (batch, heads, seqlen, seqlen), in the dtype of q."""
+        s = self._matmul(x.q, x.k.mT)
+        s *= 1 / math.sqrt(cell.head_dim)
+        if cell.causal:
+            i = self.xp.arange(cell.seqlen)
+            self.xp.copyto(s, -math.inf, where=i[:, None] < i)
+        s -= s.max(axis=-1, keepdims=True)
+        self.xp.exp(s, out=s)
+        s /= s.sum(axis=-1, keepdims=True)
+        return s
+
+    def _matmul(self, a: Array, b: Array) -> Array:
+        """Batched product of (batch, heads, m, k) and (batch, heads, k, n).
+
+        Of 16-bit arrays head by head: the batched product of CuPy up to 14.2 computes float16 in
+        float32 and takes no bfloat16, while that of two matrices uses the tensor cores.
+        """
+        if self.xp is np or a.itemsize > 2:
+            return a @ b
+        c = self.xp.empty((*a.shape[:-1], b.shape[-1]), a.dtype)
+        for head in np.ndindex(c.shape[:-2]):
+            self.xp.matmul(a[head], b[head], out=c[head])
+        return c
+
+
+# ---------------------------------------------------------------------------------------- PyTorch
+
+_HALF = ("float16", "bfloat16")
+
+#: Backends of scaled_dot_product_attention: our name, the dtypes it takes, whether it is dense.
+TORCH_BACKENDS = {
+    "CUDNN_ATTENTION": ("torch cuDNN", _HALF, False),
+    "FLASH_ATTENTION": ("torch flash", _HALF, False),  # FlashAttention-2
+    "EFFICIENT_ATTENTION": ("torch efficient", (*_HALF, "float32"), False),
+    "MATH": ("torch math", (*_HALF, "float32", "float64"), True),
+}
+
+
+class Torch(Competitor):
+    """A backend of PyTorch's scaled_dot_product_attention, on the same (null) stream as CuPy."""
+
+    def __init__(self, xp: Any, torch: Any, backend: str) -> None:
+        super().__init__(xp)
+        self.torch, self.backend = torch, backend
+        self.name, self.dtypes, self.apart = TORCH_BACKENDS[backend]
+
+    def takes(self, cell: Cell) -> bool:
+        """Only dtypes that the backend has kernels for."""
+        return DTYPES[cell.dtype] in self.dtypes
+
+    def attend(self, cell: Cell, q: Any, k: Any, v: Any) -> Any:
+        """Compute o by this backend and no other."""
+        attention = self.torch.nn.attention
+        backend = getattr(attention.SDPBackend, self.backend)
+        with attention.sdpa_kernel(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why other backends do not apply
+            return self.torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=cell.causal
+            )
+
+    def forward(self, x: Inputs, cell: Cell) -> Any:
+        """Compute o without what a backward pass needs."""
+        return self.attend(cell, x.q, x.k, x.v)
+
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Any, Callable[[], tuple[Any, ...]]]:
+        """Compute o and the graph to it, which stays for any number of backward passes."""
+        torch = self.torch
+        torch.use_deterministic_algorithms(cell.direction == "deterministic")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        leaves = tuple(tensor.detach().requires_grad_() for tensor in (x.q, x.k, x.v))
+        o = self.attend(cell, *leaves)
+        return o, lambda: torch.autograd.grad(o, leaves, x.do, retain_graph=True)
+
+    def inputs(self, x: Inputs) -> Inputs:
+        """Share the arrays' memory."""
+        return Inputs(*map(self.torch.from_dlpack, x))
+
+    def array(self, result: Any) -> Array:
+        """Share the tensor's memory."""
+        return self.xp.from_dlpack(result.detach())
+
+    def peak_bytes(self, call: Call) -> int:
+        """Ask PyTorch's own pool."""
+        cuda = self.torch.cuda
+        cuda.reset_peak_memory_stats()
+        before = cuda.memory_allocated()
+        call()
+        return int(cuda.max_memory_allocated() - before)
+
+    def release(self) -> None:
+        """Empty PyTorch's own pool."""
+        self.torch.cuda.empty_cache()
+
+
+def torch_peers(xp: Any) -> list[Competitor]:
+    """Return the backends of PyTorch, none where it is not installed or sees no GPU."""
+    try:
+        import torch
+        import torch.nn.attention
+    except (ImportError, OSError):  # OSError: a CUDA library of PyTorch is missing
+        return []
+    if not torch.cuda.is_available():
+        return []
+    known = dir(torch.nn.attention.SDPBackend)
+    return [Torch(xp, torch, backend) for backend in TORCH_BACKENDS if backend in known]
+
+
+def competitors(xp: Any) -> list[Competitor]:
+    """Return all that can be measured on arrays of `xp`; the first is flash_cupy."""
+    ours: list[Competitor] = [Ours(xp), OursDefault(xp)]
+    if xp is np:
+        return [*ours, Specification(xp)]
+    return [*ours, *torch_peers(xp), Dense(xp)]

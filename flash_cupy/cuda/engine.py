@@ -1,0 +1,153 @@
+"""The CUDA engine: from a problem and its arrays to launches of kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Array, address, namespace, sum_to
+from ..problem import Problem
+from .launch import Launch, Machine
+from .plan import Card, Variant, fill_up, plan_for
+from .tensors import WIDEST_ACCESS, access_bytes, fill_params
+
+Tensors = dict[str, Array]
+
+
+class CudaEngine:
+    """Runs attention on the arrays of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._launches: dict[tuple[Any, ...], Launch] = {}
+
+    def forward(
+        self,
+        problem: Problem,
+        q: Array,
+        k: Array,
+        v: Array,
+        alibi_slopes: Array | None,
+        o: Array,
+        lse: Array,
+    ) -> None:
+        """Compute the output O and the log-sum-exp L into o and lse."""
+        tensors = self._inputs(problem, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
+        with self._outputs(o=o) as outputs:
+            self._run("attention_forward", problem, {**tensors, **outputs, "lse": lse})
+
+    def backward(
+        self,
+        problem: Problem,
+        do: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        o: Array,
+        lse: Array,
+        dlse: Array | None,
+        alibi_slopes: Array | None,
+        dq: Array,
+        dk: Array,
+        dv: Array,
+        deterministic: bool,
+    ) -> None:
+        """Compute the gradients into dq, dk and dv, which have the shapes of q, k and v."""
+        tensors = self._inputs(problem, do_=do, q=q, k=k, v=v, o=o, alibi_slopes=alibi_slopes)
+        tensors["lse"] = lse
+        tensors |= {} if dlse is None else {"dlse": dlse}
+        real = problem.compute_dtype
+        tensors["row_dots"] = self.machine.empty((*problem.rows_shape, 2), real)
+        if not deterministic:
+            # dQ grows here as all blocks add to it; rows and columns filled up as kernels need it.
+            rows = -(-problem.seqlen_q // 16) * 16
+            shape = (*problem.rows_shape[:-1], rows, fill_up(problem.head_dim))
+            tensors["dq_sum"] = self.machine.empty(shape, real)
+        with (
+            full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv),
+            self._outputs(dq=dq, dk=dk, dv=dv) as outputs,
+        ):
+            tensors |= outputs
+            self._run("row_dots", problem, tensors)
+            self._run("attention_backward", problem, tensors)
+            self._run("attention_backward_dq" if deterministic else "store_dq", problem, tensors)
+
+    def _inputs(self, problem: Problem, **given: Array | None) -> Tensors:
+        """Make inputs readable by kernels: the last axis contiguous, slopes in the sums' dtype."""
+        tensors = {name: x for name, x in given.items() if x is not None}
+        for name, x in tensors.items():
+            if name == "alibi_slopes":
+                tensors[name] = x.astype(problem.compute_dtype, copy=False)
+            elif not _rows_are_contiguous(x):
+                tensors[name] = namespace(x).ascontiguousarray(x)
+        return tensors
+
+    @contextmanager
+    def _outputs(self, **given: Array) -> Iterator[Tensors]:
+        """Yield memory that kernels can write rows to, and bring it to the given arrays."""
+        tensors = {
+            name: x if _rows_are_contiguous(x) else self.machine.empty(x.shape, x.dtype)
+            for name, x in given.items()
+        }
+        yield tensors
+        for name, x in given.items():
+            if tensors[name] is not x:
+                x[...] = tensors[name]
+
+    def _run(self, kernel: str, problem: Problem, tensors: Tensors) -> None:
+        arrays = list(tensors.values())
+        alignment = reduce(or_, map(address, arrays)) % WIDEST_ACCESS
+        key = (kernel, problem, alignment, tuple(tensors), tuple([x.strides for x in arrays]))
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = make_launch(kernel, problem, tensors, alignment, self.machine.card())
+            self._launches[key] = launch
+        self.machine.run(launch, arrays)
+
+
+def make_launch(
+    kernel: str, problem: Problem, tensors: Tensors, alignment: int, card: Card
+) -> Launch:
+    """Plan a kernel and fill its parameters, all but the addresses of the tensors."""
+    variant = Variant.of(
+        problem,
+        access_bytes(tensors, alignment),
+        alibi="alibi_slopes" in tensors,
+        sum_dq="dq_sum" in tensors,
+    )
+    plan = plan_for(kernel, variant, card)
+    over_keys = kernel == "attention_backward"
+    seqlen = problem.seqlen_k if over_keys else problem.seqlen_q
+    heads = problem.kv_heads if over_keys else problem.heads
+    blocks = -(-seqlen // plan.rows) * heads * math.prod(problem.batch)
+    return Launch(kernel, plan, blocks, fill_params(problem, tensors), tuple(tensors))
+
+
+@contextmanager
+def full_gradients(
+    problem: Problem,
+    empty: Callable[[tuple[int, ...], np.dtype[Any]], Array],
+    *given: Array,
+) -> Iterator[tuple[Array, ...]]:
+    """Yield gradients with all batch axes, and sum those of broadcast inputs to the given arrays."""
+    full = []
+    for x in given:
+        heads = x.shape[-3:-2] or (1,)
+        shape = (*problem.batch, *heads, *x.shape[-2:])
+        complete = math.prod(shape) == x.size
+        full.append(x if complete else empty(shape, x.dtype))
+    yield tuple(full)
+    for x, y in zip(given, full, strict=True):
+        if y is not x:
+            x[...] = sum_to(y.astype(problem.compute_dtype), x.shape)
+
+
+def _rows_are_contiguous(x: Array) -> bool:
+    """Whether kernels can read and write the array as it is."""
+    return x.shape[-1] == 1 or x.strides[-1] == x.itemsize

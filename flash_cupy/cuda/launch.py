@@ -1,0 +1,96 @@
+"""Launches: a kernel with its plan and its parameters, and the machine that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import Array
+from . import compiler
+from .params import ATTENTION_PARAMS
+from .plan import Card, Plan
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All of a kernel launch but the addresses of its arrays: made once for calls that look alike.
+
+    ``params`` has size 1; ``tensors`` are the names of its tensors, in the order in which
+    `Machine.run` is given their arrays.
+    """
+
+    kernel: str
+    plan: Plan
+    blocks: int
+    params: NDArray[Any]
+    tensors: tuple[str, ...]
+
+    def with_addresses(self, addresses: Sequence[int]) -> NDArray[Any]:
+        """Return a copy of the parameters in which the tensors are at these addresses."""
+        params = self.params.copy()
+        params.view(np.uint64)[_address_words(self.tensors)] = addresses
+        return params
+
+
+@cache
+def _address_words(tensors: tuple[str, ...]) -> list[int]:
+    """Where the addresses stand, counted in 8-byte words of the parameters."""
+    fields = ATTENTION_PARAMS.fields
+    assert fields is not None
+    return [fields[name][1] // 8 for name in tensors]
+
+
+class Machine(Protocol):
+    """What runs kernels: a GPU, or in the tests a simulated one."""
+
+    def card(self) -> Card:
+        """Return what the plans need to know of it."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Allocate an array in its memory."""
+
+    def run(self, launch: Launch, arrays: Sequence[Array]) -> None:
+        """Run a kernel on the tensors of the launch."""
+
+
+class Gpu:
+    """The current CUDA device, on CuPy's current stream and with its current allocator."""
+
+    def card(self) -> Card:
+        """Return what the plans need to know of the current device."""
+        import cupy
+
+        return _card(cupy.cuda.runtime.getDevice())
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Allocate an array on the current device."""
+        import cupy
+
+        return cupy.empty(shape, dtype)
+
+    def run(self, launch: Launch, arrays: Sequence[Array]) -> None:
+        """Launch a kernel on the current stream."""
+        kernel = compiler.load(launch.kernel, launch.plan)
+        params = launch.with_addresses([x.data.ptr for x in arrays])
+        kernel(
+            (launch.blocks,),
+            (launch.plan.threads,),
+            (params,),
+            shared_mem=launch.plan.shared_bytes,
+        )
+
+
+@cache
+def _card(device: int) -> Card:
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(device)
+    return Card(
+        capability=(properties["major"], properties["minor"]),
+        shared_bytes=properties["sharedMemPerBlockOptin"],
+    )

@@ -1,0 +1,271 @@
+"""Plans: which kernel computes a call, with which tiles. All tuning constants stand here.
+
+A plan is one row of the table below, completed by what the call asks for (element type, head dims,
+mask, alignment). The kernels get its fields as macros, PLAN_TILE_M and so on, and have no
+constants of their own. kernels_cu/NOTES.md gives the reasons behind the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+#: Head dims that kernels are compiled for; those in between are filled up with zeros on chip.
+HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)
+
+#: Bytes of each element type of the kernels. tensorfloat32 is float32 multiplied with less
+#: precision.
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "tensorfloat32": 4, "float": 4, "double": 8}
+
+WARP = 32
+CHUNK_BYTES = 16
+MAX_REGISTERS = 255
+
+
+class Card(NamedTuple):
+    """What a plan depends on of a GPU."""
+
+    compute_capability: tuple[int, int]
+    shared_bytes: int  # that one block can have
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Return the head dim that a kernel for `head_dim` is compiled for."""
+    return next(padded for padded in HEAD_DIMS if padded >= head_dim)
+
+
+def row_bytes(columns: int, element: str) -> int:
+    """Bytes of a row of a tile in shared memory: an odd number of chunks, see tile.cuh."""
+    return (columns * ELEMENT_BYTES[element] // CHUNK_BYTES | 1) * CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the plans of all kernels have in common.
+
+    Attributes
+    ----------
+    element
+        Element type of the kernel, a key of `ELEMENT_BYTES`.
+    head_dim, head_dim_v
+        Columns of the tiles of q and k, and of v and o.
+    tile_m, tile_n
+        Rows (queries) and columns (keys) of a tile of scores.
+    warps
+        Warps of a block of threads.
+    stages
+        Tiles in flight: 1, or 2 where the next one is loaded during a whole step.
+    blocks_per_sm
+        Blocks that the registers of a multiprocessor must suffice for.
+    access_bytes
+        Width of accesses to global memory; divides the address and the length of all rows.
+    band, softcap, alibi
+        Which parts of the score policy are compiled in; `band` is causal or a window.
+    """
+
+    element: str
+    head_dim: int
+    head_dim_v: int
+    tile_m: int
+    tile_n: int
+    warps: int
+    stages: int
+    blocks_per_sm: int
+    access_bytes: int
+    band: bool
+    softcap: bool
+    alibi: bool
+
+    def __post_init__(self) -> None:
+        if self.element not in ELEMENT_BYTES:
+            raise ValueError(f"element is {self.element!r}, not one of {', '.join(ELEMENT_BYTES)}")
+        for name in ("head_dim", "head_dim_v", "tile_m", "tile_n"):
+            value = getattr(self, name)
+            if value <= 0 or value % 16:
+                raise ValueError(f"{name} is {value}, not a positive multiple of 16")
+        if self.access_bytes not in (2, 4, 8, 16) or self.access_bytes < self.element_bytes:
+            raise ValueError(
+                f"access_bytes is {self.access_bytes}, not 2, 4, 8 or 16 and at least an element "
+                f"({self.element_bytes})"
+            )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element."""
+        return ELEMENT_BYTES[self.element]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps * WARP
+
+    def options(self) -> tuple[str, ...]:
+        """Return the compiler options that carry this plan into a kernel."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return tuple(
+            f"-DPLAN_{name.upper()}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in values
+        )
+
+
+@dataclass(frozen=True)
+class ForwardPlan(Plan):
+    """A row for kernels_cu/attention_forward.cu.
+
+    Attributes
+    ----------
+    head_dim_v
+        May be narrower than v: then several blocks compute a slice of o's columns each.
+    dim_unroll
+        Steps of 16 along head_dim that Q K^T is unrolled by.
+    q_in_registers
+        Whether Q's fragments are loaded once instead of in every step.
+    """
+
+    dim_unroll: int
+    q_in_registers: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tile_m % (16 * self.warps):
+            raise ValueError(f"{self.warps} warps cannot own 16-row blocks of tile_m={self.tile_m}")
+        if self.q_in_registers and 16 * self.dim_unroll < self.head_dim:
+            raise ValueError("q_in_registers needs dim_unroll to cover head_dim")
+        # o, S and the top and sum of each row are in registers all the time.
+        words = max(self.element_bytes // 4, 1)
+        rows = self.tile_m // self.warps
+        held = rows * (self.head_dim_v + self.tile_n) // WARP * words
+        if held > MAX_REGISTERS - 32:
+            raise ValueError(f"o and S take {held} registers of a thread's {MAX_REGISTERS}: {self}")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: q and the stages of k and v, in the end o in the same place."""
+        d, dv = (row_bytes(n, self.element) for n in (self.head_dim, self.head_dim_v))
+        return max(self.tile_m * d + self.stages * self.tile_n * (d + dv), self.tile_m * dv)
+
+
+class ForwardTiles(NamedTuple):
+    """The tuned part of a `ForwardPlan`."""
+
+    tile_m: int
+    tile_n: int
+    warps: int
+    stages: int
+    blocks_per_sm: int
+    dim_unroll: int = 16
+    q_in_registers: bool = False
+
+
+# By element and largest head dim; of each list the first row that fits the card's shared memory.
+_FORWARD_16BIT = {
+    32: [ForwardTiles(128, 64, 4, 2, 2)],
+    64: [ForwardTiles(128, 64, 4, 2, 2), ForwardTiles(128, 64, 4, 1, 2)],
+    96: [ForwardTiles(128, 64, 4, 1, 2)],
+    128: [ForwardTiles(128, 64, 4, 1, 2)],
+    160: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
+    192: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
+    256: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
+}
+FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
+    "float16": _FORWARD_16BIT,
+    "bfloat16": _FORWARD_16BIT,
+    "tensorfloat32": {
+        32: [ForwardTiles(128, 64, 4, 1, 2)],
+        64: [ForwardTiles(128, 64, 4, 1, 2)],
+        96: [ForwardTiles(128, 32, 4, 1, 2)],
+        128: [ForwardTiles(128, 32, 4, 1, 2)],
+        160: [ForwardTiles(64, 32, 4, 1, 1)],
+        192: [ForwardTiles(64, 32, 4, 1, 1)],
+        256: [ForwardTiles(64, 32, 4, 1, 1), ForwardTiles(64, 16, 4, 1, 1)],
+    },
+    "float": {
+        32: [ForwardTiles(64, 64, 4, 1, 2, dim_unroll=1)],
+        64: [ForwardTiles(64, 64, 4, 1, 2, dim_unroll=1)],
+        96: [ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1)],
+        128: [ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1)],
+        160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1)],
+        192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1)],
+        256: [
+            ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1),
+            ForwardTiles(64, 16, 4, 1, 1, dim_unroll=1),
+        ],
+    },
+    "double": {
+        32: [ForwardTiles(64, 32, 4, 1, 2)],
+        64: [ForwardTiles(64, 32, 4, 1, 2)],
+        96: [ForwardTiles(64, 16, 4, 1, 2)],
+        128: [ForwardTiles(64, 16, 4, 1, 2)],
+        160: [ForwardTiles(64, 16, 4, 1, 1), ForwardTiles(32, 16, 2, 1, 1)],
+        192: [ForwardTiles(64, 16, 4, 1, 1), ForwardTiles(32, 16, 2, 1, 1)],
+        256: [
+            ForwardTiles(64, 16, 4, 1, 1),
+            ForwardTiles(32, 16, 2, 1, 1),
+            ForwardTiles(16, 16, 1, 1, 1),
+        ],
+    },
+}
+
+#: Widest slice of o that one block computes, where not all of it fits in registers.
+MAX_SLICE = {"double": 128}
+
+
+def slice_width(head_dim_v: int, element: str) -> int:
+    """Columns of o that a block computes: all, or one of two or more slices."""
+    slices = -(-head_dim_v // MAX_SLICE.get(element, max(HEAD_DIMS)))
+    return padded_head_dim(-(-head_dim_v // slices))
+
+
+def plan_forward(
+    card: Card,
+    element: str,
+    head_dim: int,
+    head_dim_v: int,
+    access_bytes: int,
+    *,
+    band: bool,
+    softcap: bool,
+    alibi: bool,
+) -> ForwardPlan:
+    """Choose the plan of a forward call.
+
+    Parameters
+    ----------
+    card
+        The GPU.
+    element
+        A key of `ELEMENT_BYTES`.
+    head_dim, head_dim_v
+        Of the call, 1 to 256.
+    access_bytes
+        See `Plan`.
+    band, softcap, alibi
+        See `Plan`.
+
+    Raises
+    ------
+    ValueError
+        No row of the table fits the card's shared memory.
+    """
+    head_dim = padded_head_dim(head_dim)
+    rows = FORWARD_TILES[element][max(head_dim, padded_head_dim(head_dim_v))]
+    plans = [
+        ForwardPlan(
+            element=element,
+            head_dim=head_dim,
+            head_dim_v=slice_width(head_dim_v, element),
+            access_bytes=access_bytes,
+            band=band,
+            softcap=softcap,
+            alibi=alibi,
+            **row._asdict(),
+        )
+        for row in rows
+    ]
+    for plan in plans:
+        if plan.shared_bytes <= card.shared_bytes:
+            return plan
+    raise ValueError(
+        f"no kernel for head dims {head_dim} and {head_dim_v} of {element} fits in "
+        f"{card.shared_bytes} bytes of shared memory; the smallest takes {plans[-1].shared_bytes}"
+    )

@@ -1,0 +1,92 @@
+// The online softmax of the rows that a warp owns.
+#pragma once
+#include "types.cuh"
+#include "mma.cuh"
+#include "score.cuh"
+
+// Over the four lanes that share the rows of an accumulator.
+template <class Real>
+DEVICE Real quad_max(Real x) {
+    x = max(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return max(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+template <class Real>
+DEVICE Real quad_sum(Real x) {
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// Rows are kept as accumulators hold them: of row block m, [m][0] is row g and [m][1] row g + 8.
+// All exponents are in base 2.
+template <class Real, int ROW_BLOCKS>
+struct OnlineSoftmax {
+    Real top[ROW_BLOCKS][2];  // the largest exponent so far
+    Real sum[ROW_BLOCKS][2];  // of 2^(exponent - top), over this lane's columns only
+
+    DEVICE OnlineSoftmax() {
+#pragma unroll
+        for (int m = 0; m < ROW_BLOCKS; ++m) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                top[m][r] = -infinity<Real>();
+                sum[m][r] = 0;
+            }
+        }
+    }
+
+    // Takes the scores of a tile of keys into `top`, and sets `rescale`: what sums that were made
+    // with the earlier `top` are to be multiplied by. A row without any visible key so far has
+    // top = -inf. NaN never gets into top (max drops it) but into P and sum, where it stays.
+    template <int KEY_BLOCKS>
+    DEVICE void raise_top(const Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], Real factor,
+                          Real (&rescale)[ROW_BLOCKS][2]) {
+#pragma unroll
+        for (int m = 0; m < ROW_BLOCKS; ++m) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                Real largest = -infinity<Real>();
+#pragma unroll
+                for (int i = 0; i < 4 * KEY_BLOCKS; ++i) {
+                    largest = max(largest, s[m][i / 4].value[i / 2 % 2][2 * r + i % 2]);
+                }
+                const Real before = top[m][r];
+                top[m][r] = max(before, quad_max(largest) * factor);
+                rescale[m][r] = exp2_real(before - finite_top(m, r));
+                sum[m][r] *= rescale[m][r];
+            }
+        }
+    }
+
+    // Turns 16 x 16 scores of row block m, taken into `top` before, into P = 2^(factor s - top),
+    // and adds them to `sum`. P is 0 in a row that sees nothing.
+    DEVICE void exponentiate(Accumulator<Real>& s, int m, Real factor) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int e = i % 4, r = e / 2;
+            Real& x = s.value[i / 4][e];
+            x = exp2_real(x * factor - finite_top(m, r));
+            sum[m][r] += x;
+        }
+    }
+
+    // Ends the softmax: `scale` is what the sums are to be multiplied by, 0 for a row that saw no
+    // key, and `lse` the natural logarithm of the sum of exponentials, -inf for such a row.
+    DEVICE void finish(Real (&scale)[ROW_BLOCKS][2], Real (&lse)[ROW_BLOCKS][2]) {
+#pragma unroll
+        for (int m = 0; m < ROW_BLOCKS; ++m) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const Real total = quad_sum(sum[m][r]);
+                scale[m][r] = total == 0 ? 0 : reciprocal(total);
+                lse[m][r] = total == 0 ? -infinity<Real>()
+                                       : (top[m][r] + log2(total)) * static_cast<Real>(LN_2);
+            }
+        }
+    }
+
+private:
+    DEVICE Real finite_top(int m, int r) const {
+        return top[m][r] == -infinity<Real>() ? 0 : top[m][r];
+    }
+};

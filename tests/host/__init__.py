@@ -1,0 +1,1 @@
+"""CUDA kernels on a machine without a GPU: see device.py."""

@@ -1,0 +1,94 @@
+"""The host device as a machine of the CUDA engine, for arrays of NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flash_cupy.cuda.compiler import inline_includes, kernel_folder
+from flash_cupy.cuda.launch import Launch
+from flash_cupy.cuda.plan import Card
+
+from .device import HERE, HostDevice
+
+POISON = 0xFF
+
+
+class HostMachine:
+    """A `flash_cupy.cuda.launch.Machine` whose arrays are NumPy arrays.
+
+    Every launch copies its arrays to the device and back, element by element in their own memory
+    layout: what lies between the elements of a strided array is memory that nothing has written.
+    Each launch orders its threads in another way.
+    """
+
+    def __init__(self) -> None:
+        self.device = HostDevice()
+        self.launches = 0
+
+    def card(self) -> Card:
+        """Return the smallest card that the kernels support."""
+        return Card(capability=(8, 0), shared_bytes=163 << 10)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Make an array of poison, which counts as not written until a kernel writes it."""
+        data = np.full((*shape, dtype.itemsize), POISON, np.uint8)
+        return data.view(dtype)[..., 0]
+
+    def run(self, launch: Launch, arrays: Sequence[NDArray[Any]]) -> None:
+        """Run a kernel; a kernel that misbehaves is a `HostKernelError`."""
+        source = inline_includes(f"{launch.kernel}.cu", (HERE, kernel_folder()))
+        kernel = self.device.compile(source, launch.kernel, launch.plan.options())
+        images = [Image(self.device, x) for x in arrays]
+        kernel(
+            (launch.blocks,),
+            (launch.plan.threads,),
+            (launch.with_addresses([image.address for image in images]),),
+            shared_mem=launch.plan.shared_bytes,
+            seed=self.launches,
+        )
+        self.launches += 1
+        for image in images:
+            image.copy_back()
+
+
+class Image:
+    """A copy of a NumPy array in the device's memory, in the same layout and equally aligned."""
+
+    ALIGNMENT = 256  # of what the device allocates
+
+    def __init__(self, device: HostDevice, x: NDArray[Any]) -> None:
+        self.x = x
+        low, high = np.lib.array_utils.byte_bounds(x) if x.size else (0, 0)
+        self.offset = low % self.ALIGNMENT
+        self.memory = device.empty((self.offset + high - low,), np.uint8)
+        self.first = self.offset + (x.ctypes.data - low if x.size else 0)
+        self.address = self.memory.address + self.first
+        if x.size:
+            data = np.full(self.memory.shape, POISON, np.uint8)
+            self._elements(data)[...] = x
+            written = np.zeros(self.memory.shape, np.bool_)
+            self._bytes(written)[...] = (self._bytes(data) != POISON).any(-1, keepdims=True)
+            device.write(self.memory.address, data.tobytes(), written.tobytes())
+
+    def copy_back(self) -> None:
+        """Bring the array to the state of its image."""
+        if self.x.size == 0:
+            return
+        result = self._elements(self.memory.get())
+        if self.x.flags.writeable:
+            self.x[...] = result
+        elif self.x.tobytes() != result.tobytes():
+            raise AssertionError("a kernel has written to an input")
+
+    def _elements(self, memory: NDArray[Any]) -> NDArray[Any]:
+        x = self.x
+        return np.ndarray(x.shape, x.dtype, memory, self.first, x.strides)
+
+    def _bytes(self, memory: NDArray[Any]) -> NDArray[Any]:
+        x = self.x
+        shape, strides = (*x.shape, x.itemsize), (*x.strides, 1)
+        return np.ndarray(shape, memory.dtype, memory, self.first, strides)

@@ -1,0 +1,263 @@
+#include "memory.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "block.hpp"
+#include "runtime.hpp"
+
+DeviceMemory device_memory;
+
+const char* name_of(Access access) {
+    switch (access) {
+        case Access::READ: return "read";
+        case Access::WRITE: return "write";
+        default: return "atomic operation";
+    }
+}
+
+// ---- allocation ---------------------------------------------------------------------------------
+
+static unsigned char* reserve(size_t bytes) {
+    void* space = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (space == MAP_FAILED) {
+        perror("no address space for the device's memory");
+        abort();
+    }
+    return static_cast<unsigned char*>(space);
+}
+
+DeviceMemory::DeviceMemory()
+    : base_(reserve(SPACE)),
+      chunks_(reinterpret_cast<Chunk*>(reserve(SPACE / CHUNK_BYTES * sizeof(Chunk)))),
+      free_(first_free()) {}
+
+template <class Visit>
+void DeviceMemory::for_each_chunk(const unsigned char* address, size_t bytes, Visit visit) const {
+    const unsigned char* end = address + bytes;
+    while (address < end) {
+        const size_t first = (address - base_) % CHUNK_BYTES;
+        const size_t count = std::min<size_t>(end - address, CHUNK_BYTES - first);
+        visit(chunk_at(address), static_cast<uint16_t>(((1u << count) - 1) << first), address);
+        address += count;
+    }
+}
+
+void DeviceMemory::set_allocated(unsigned char* address, size_t bytes, bool allocated) {
+    memset(address, POISON, bytes);
+    for_each_chunk(address, bytes, [&](Chunk& chunk, uint16_t mask, const unsigned char*) {
+        if (!allocated) chunk.~Chunk();
+        new (&chunk) Chunk;
+        if (allocated) chunk.allocated = mask;
+    });
+}
+
+unsigned char* DeviceMemory::allocate(size_t bytes) {
+    if (live_ == 0) {
+        free_ = first_free();
+        allocations_.clear();
+    }
+    const size_t rounded = (bytes + 255) / 256 * 256 + GUARD_BYTES;  // aligned as cudaMalloc aligns
+    if (rounded > static_cast<size_t>(base_ + SPACE - free_)) return nullptr;
+    unsigned char* address = free_;
+    free_ += rounded;
+    allocations_[address] = {bytes, true};
+    live_ += 1;
+    set_allocated(address, bytes, true);
+    return address;
+}
+
+bool DeviceMemory::release(unsigned char* address) {
+    auto found = allocations_.find(address);
+    if (found == allocations_.end() || !found->second.live) return false;
+    found->second.live = false;
+    live_ -= 1;
+    set_allocated(address, found->second.bytes, false);
+    return true;
+}
+
+bool DeviceMemory::is_allocated(const unsigned char* address, size_t bytes) const {
+    if (!contains(address) || !contains(address + bytes)) return false;
+    bool allocated = true;
+    for_each_chunk(address, bytes, [&](Chunk& chunk, uint16_t mask, const unsigned char*) {
+        allocated &= (mask & ~chunk.allocated) == 0;
+    });
+    return allocated;
+}
+
+void DeviceMemory::mark_written(unsigned char* byte) {
+    chunk_at(byte).written |= 1 << (byte - base_) % CHUNK_BYTES;
+}
+
+void DeviceMemory::set_in_flight(unsigned char* address, size_t bytes, bool in_flight) {
+    for_each_chunk(address, bytes, [=](Chunk& chunk, uint16_t mask, const unsigned char*) {
+        chunk.in_flight = in_flight ? chunk.in_flight | mask : chunk.in_flight & ~mask;
+    });
+}
+
+void DeviceMemory::reset_shared(size_t bytes) {
+    set_allocated(shared(), shared_bytes_, false);
+    set_allocated(shared(), bytes, true);
+    shared_bytes_ = bytes;
+}
+
+// ---- checks -------------------------------------------------------------------------------------
+
+// Where an address lies, in words.
+static std::string place_in(size_t offset, size_t bytes, const char* what) {
+    char text[160];
+    if (offset < bytes) {
+        snprintf(text, sizeof text, "byte %zu of the %zu of %s", offset, bytes, what);
+    } else {
+        snprintf(text, sizeof text, "%zu bytes past the end of the %zu of %s", offset - bytes,
+                 bytes, what);
+    }
+    return text;
+}
+
+std::string DeviceMemory::describe(const void* address) const {
+    auto* byte = static_cast<unsigned char*>(const_cast<void*>(address));
+    if (byte < shared()) return "in front of shared memory";
+    if (byte < shared() + SHARED_BYTES) {
+        return place_in(byte - shared(), shared_bytes_, "shared memory");
+    }
+    auto next = allocations_.upper_bound(byte);
+    if (next != allocations_.end()) {
+        const size_t before = next->first - byte;
+        if (before < GUARD_BYTES / 2) {
+            return std::to_string(before) + " bytes in front of an array of " +
+                   std::to_string(next->second.bytes) + " bytes in global memory";
+        }
+    }
+    if (next == allocations_.begin()) return "outside of every array in global memory";
+    const auto& [start, allocation] = *std::prev(next);
+    return place_in(byte - start, allocation.bytes,
+                    allocation.live ? "an array in global memory"
+                                    : "an array in global memory that has been freed");
+}
+
+static int first_byte(uint16_t mask) { return __builtin_ctz(mask); }
+
+// Whether all that `trace` tells of comes before what `lanes` of the running thread's warp do now.
+static bool happened_before(const Trace& trace, uint32_t lanes) {
+    Block& block = *running_block;
+    if (trace.block != block.serial()) return false;  // nothing orders blocks within a launch
+    if (trace.clock < block.all_know()) return true;
+    const int first = block.running().index / host::WARP * host::WARP;
+    for (uint32_t theirs = trace.lanes; theirs; theirs &= theirs - 1) {
+        const int other = trace.warp * host::WARP + __builtin_ctz(theirs);
+        for (uint32_t ours = lanes; ours; ours &= ours - 1) {
+            const int thread = first + __builtin_ctz(ours);
+            if (thread != other && block.thread(thread).known[other] <= trace.clock) return false;
+        }
+    }
+    return true;
+}
+
+static bool conflict(Access first, Access second) {
+    if (first == Access::READ && second == Access::READ) return false;
+    return !(first == Access::ATOMIC && second == Access::ATOMIC);
+}
+
+static std::string lanes_in_words(const Trace& trace) {
+    const int first = trace.warp * host::WARP + __builtin_ctz(trace.lanes);
+    const int count = __builtin_popcount(trace.lanes);
+    std::string text = "thread " + std::to_string(first);
+    if (count > 1) text += " and " + std::to_string(count - 1) + " more of its warp";
+    return text;
+}
+
+// Reads by blocks that came before stay only while fewer than two others are known for their bytes:
+// two different blocks are enough for any later writer to meet one that is not itself.
+static void forget_surplus_reads(std::vector<Trace>& traces) {
+    uint16_t once = 0, twice = 0;
+    uint32_t last_block = 0;
+    auto surplus = [&](const Trace& trace) {
+        if (trace.access != Access::READ || trace.block == running_block->serial()) return false;
+        const bool covered = (trace.bytes & ~twice) == 0 ||
+                             (trace.block == last_block && (trace.bytes & ~once) == 0);
+        if (covered) return true;
+        if (trace.block != last_block) twice |= once & trace.bytes;
+        once |= trace.bytes;
+        last_block = trace.block;
+        return false;
+    };
+    traces.erase(std::remove_if(traces.begin(), traces.end(), surplus), traces.end());
+}
+
+// Checks the access against the traces that others left, and leaves its own.
+void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, uint32_t lanes,
+                         const void* code, const void* address) {
+    if (chunk.launch != launch_serial) {
+        chunk.launch = launch_serial;
+        chunk.traces.clear();
+    }
+    Block& block = *running_block;
+    Trace mine{code, block.serial(), 0, lanes, 0, bytes, access};
+    mine.warp = static_cast<uint16_t>(block.running().index / host::WARP);
+    for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+        mine.clock = std::max(mine.clock,
+                              block.thread(mine.warp * host::WARP + __builtin_ctz(rest)).clock);
+    }
+
+    size_t kept = 0;
+    bool merged = false;
+    for (Trace& other : chunk.traces) {
+        const bool conflicting = conflict(other.access, access);
+        const bool replaces = access == Access::WRITE || other.access == access;
+        if ((other.bytes & bytes) && (conflicting || replaces)) {
+            const bool ordered = happened_before(other, lanes);
+            if (conflicting && !ordered) {
+                const bool same_block = other.block == block.serial();
+                host::fail("race: %s of %s,\n"
+                           "after a %s by %s%s that no barrier orders before it\n    %s",
+                           name_of(access), describe(address).c_str(), name_of(other.access),
+                           lanes_in_words(other).c_str(), same_block ? "" : " of another block",
+                           code_place(other.code).c_str());
+            }
+            // Who is ordered after this access is then also ordered after the other.
+            if (ordered && replaces) other.bytes &= ~bytes;
+            if (other.bytes == 0) continue;
+        }
+        if (other.access == access && other.bytes == bytes && other.block == mine.block &&
+            other.warp == mine.warp && other.clock == mine.clock) {
+            other.lanes |= lanes;
+            merged = true;
+        }
+        chunk.traces[kept++] = other;
+    }
+    chunk.traces.resize(kept);
+    if (merged) return;
+    if (kept >= 16) forget_surplus_reads(chunk.traces);
+    chunk.traces.push_back(mine);
+}
+
+void DeviceMemory::check(const void* address, size_t bytes, Access access, uint32_t lanes,
+                         const void* code) {
+    for_each_chunk(static_cast<const unsigned char*>(address), bytes,
+                   [&](Chunk& chunk, uint16_t mask, const unsigned char* at) {
+        const unsigned char* chunk_start = at - first_byte(mask);
+        if (const uint16_t bad = mask & ~chunk.allocated) {
+            host::fail("%s out of bounds: %zu bytes, the first forbidden one is %s",
+                       name_of(access), bytes, describe(chunk_start + first_byte(bad)).c_str());
+        }
+        if (const uint16_t bad = mask & chunk.in_flight) {
+            host::fail("%s of %s, where an asynchronous copy has not landed: a wait is missing",
+                       name_of(access), describe(chunk_start + first_byte(bad)).c_str());
+        }
+        trace(chunk, mask, access, lanes, code, at);
+        if (access == Access::WRITE) {
+            chunk.written |= mask;
+        } else if (const uint16_t bad = mask & ~chunk.written) {
+            host::fail("%s of %s, which nothing has written", name_of(access),
+                       describe(chunk_start + first_byte(bad)).c_str());
+        }
+    });
+}

@@ -1,0 +1,76 @@
+// What the host device offers to the code that runs on it: the interface between a compiled kernel
+// (cuda.hpp, ptx.cuh) and the worker that loads it.
+//
+// A block's threads are fibers of one operating-system thread, so nothing here needs a lock. A
+// thread gives way to another only inside the functions of this file that say "waits".
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#define HOST_UNCHECKED __attribute__((no_sanitize("thread", "undefined")))
+
+struct uint3 {
+    unsigned x, y, z;
+};
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace host {
+
+constexpr int WARP = 32;
+
+// A place in the source: where a thread called an operation that other threads have to join.
+struct Place {
+    const char* file;
+    int line;
+
+    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+};
+
+// Ends the worker with a report that names the running thread and its block.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
+
+// ---- threads ------------------------------------------------------------------------------------
+
+// The number of the running thread in its warp, 0 to 31.
+int lane();
+
+// Waits until every thread of the block stands at the same operation and place. Orders memory
+// between all of them, and returns how many came with a true `predicate`.
+int block_barrier(const char* operation, bool predicate, Place place);
+
+// Waits until every lane of `mask` stands at the same operation and place. The last to come calls
+// `compute` with what each lane brought: lanes[i] is lane i's `operands`, or null outside the mask.
+// Orders no memory, as PTX promises none.
+void warp_collective(const char* operation, unsigned mask, Place place, void* operands,
+                     void (*compute)(void* const lanes[WARP]));
+
+// Waits as a warp_collective does, and orders memory between the lanes of `mask`.
+void warp_barrier(unsigned mask, Place place);
+
+// ---- memory -------------------------------------------------------------------------------------
+
+// The start of the block's shared memory. Shared memory has 32-bit addresses beside pointers.
+unsigned char* shared_memory();
+unsigned char* shared_pointer(unsigned address);
+unsigned shared_address(const void* pointer);
+
+// Ordinary loads and stores of a kernel are checked without being asked. What else is to be checked:
+void check_aligned(const void* address, size_t bytes);
+// A read by all lanes together, to be called within a collective.
+void check_warp_read(const void* address, size_t bytes);
+
+// Starts a copy of `valid_bytes` bytes from global to shared memory, followed by zeros up to
+// `bytes`. Until a wait of the same thread covers it, any access to its destination is an error.
+void issue_copy(unsigned shared, const void* global, int bytes, int valid_bytes);
+// Ends the running thread's current group of copies, which may be empty.
+void commit_copies();
+// Lands all groups of the running thread but the `pending` latest.
+void wait_copies(int pending);
+
+// Adds `value` to `*address` in one indivisible step; returns what was there.
+template <class T>
+T atomic_add(T* address, T value);
+
+}  // namespace host

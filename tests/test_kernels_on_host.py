@@ -1,0 +1,79 @@
+"""The CUDA kernels, executed on the CPU by the simulated device of tests/host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from engines import Engine
+from errors import assert_exact
+from strategies import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, LAYOUTS, make_case
+
+# batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v, dtype, options
+CASES = {
+    "one row, one key": ((), 1, 1, 1, 1, 64, 64, FLOAT16, {}),
+    "two tiles and a ragged end": ((), 1, 1, 131, 135, 64, 64, BFLOAT16, {}),
+    "causal, more keys": ((), 1, 1, 67, 150, 64, 64, FLOAT16, {"causal": True}),
+    "causal, more queries": ((), 1, 1, 150, 67, 32, 32, BFLOAT16, {"causal": True}),
+    "window": ((), 1, 1, 140, 140, 64, 64, FLOAT16, {"window": (30, 10)}),
+    "grouped heads and a batch": ((2,), 4, 2, 40, 70, 64, 64, BFLOAT16, {"causal": True}),
+    "softcap": ((), 1, 1, 65, 65, 64, 64, FLOAT16, {"softcap": 2.0, "causal": True}),
+    "alibi": ((2,), 2, 1, 65, 70, 64, 64, FLOAT16, {"alibi": True, "window": (None, 3)}),
+    "other head dim of v": ((), 1, 1, 33, 65, 96, 40, BFLOAT16, {}),
+    "head dims that fill no chunk": ((), 2, 1, 33, 40, 59, 111, FLOAT16, {"causal": True}),
+    "wide heads": ((), 1, 1, 65, 70, 256, 256, BFLOAT16, {"causal": True}),
+    "float32": ((), 2, 1, 70, 75, 64, 64, FLOAT32, {"causal": True}),
+    "float32, ragged": ((), 1, 1, 31, 33, 31, 17, FLOAT32, {"softcap": 3.0}),
+    "float32, wide": ((), 1, 1, 33, 65, 128, 128, FLOAT32, {}),
+    "float64": ((), 2, 1, 70, 75, 64, 64, FLOAT64, {"causal": True}),
+    "float64, every option": (
+        (2,),
+        2,
+        1,
+        33,
+        65,
+        24,
+        40,
+        FLOAT64,
+        {"alibi": True, "softcap": 3.0, "window": (40, 5), "scale": 0.3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_dense_softmax(host_engine: Engine, name: str) -> None:
+    *shape, dtype, options = CASES[name]
+    case = make_case(*shape, dtype, seed=1, **options)
+    assert_exact(case, host_engine.run(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_backward(host_engine: Engine, dtype: np.dtype) -> None:
+    case = make_case((), 2, 1, 70, 67, 32, 32, dtype, seed=2, causal=True)
+    first = host_engine.run(case, deterministic=True)
+    assert_exact(case, first)
+    again = host_engine.run(case, deterministic=True)  # the threads run in another order
+    for x, y in zip(first, again, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_strided_views(host_engine: Engine, layout) -> None:
+    case = make_case((2,), 2, 1, 33, 40, 24, 16, FLOAT16, seed=3, causal=True)
+    got = host_engine.run(case, layout, deterministic=True)
+    for x, y in zip(got, host_engine.run(case, deterministic=True), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32, FLOAT64], ids=str)
+def test_nan_reaches_exactly_the_rows_that_see_it(host_engine: Engine, dtype: np.dtype) -> None:
+    case = make_case((), 1, 1, 70, 70, 16, 16, dtype, seed=4, causal=True)
+    v = case.v.copy()
+    v[0, 40, 3] = np.nan
+    clean = host_engine.run(case, deterministic=True)
+    o, _, dq, _, dv = host_engine.run(replace(case, v=v), deterministic=True)
+    assert np.isnan(o[0, 40:, 3].astype(FLOAT64)).all()
+    np.testing.assert_array_equal(o[0, :40], clean[0][0, :40])
+    np.testing.assert_array_equal(dq[0, :40], clean[2][0, :40])
+    np.testing.assert_array_equal(dv, clean[4])
