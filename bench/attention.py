@@ -22,7 +22,7 @@ from cells import DIRECTIONS, DTYPES, MASKS, PRESETS, Cell, Grid, Preset
 from machine import array_module, describe, slug
 from peers import Competitor, Inputs, competitors, random_inputs
 from pictures import save_pictures
-from report import OURS, Record, causal_over_full, ratios, summary, summary_table, table
+from report import OURS, Record, causal_over_full, failures, ratios, summary, summary_table, table
 from timing import alternate
 from tqdm import tqdm
 from transformer import Array
@@ -104,9 +104,9 @@ def measure_all(
     """Measure the cells of a preset behind a progress bar, saving after each."""
     records: list[Record] = []
     cells = list(dict.fromkeys(cell for grid in preset.grids for cell in grid.cells()))
-    with tqdm(cells, unit="cell") as bar:
+    with tqdm(cells, unit="cell", mininterval=1) as bar:
         for cell in bar:
-            bar.set_description(str(cell))
+            bar.set_description(str(cell), refresh=False)
             chosen = [
                 competitor
                 for competitor in present
@@ -144,11 +144,8 @@ def print_report(records: list[Record], timed: bool) -> None:
         causal = [pair["ratio"] for pair in causal_over_full(records)]
         if causal:
             print(f"Our time causal over full: {min(causal):.2f} to {max(causal):.2f}")
-    for record in records:
-        for name, result in record["results"].items():
-            if "failed" in result:
-                cell = Cell(**{field.name: record[field.name] for field in fields(Cell)})
-                print(f"{cell}: {name}: {result['failed']}")
+    for (name, failed), count in failures(records).items():
+        print(f"{name} failed in {count} of {len(records)} cells: {failed}")
 
 
 # ------------------------------------------------------------------------------------ the program

@@ -100,7 +100,10 @@ def _draw(axes: Axes, panel: Sequence[Record], quantity: str, scale: float = 1) 
         if points:
             (line,) = axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4)
             line.set(label=name, color=COLOURS[name], linewidth=2.5 if name == OURS else 1.5)
+    lengths = sorted({record["seqlen"] for record in panel})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else f"{n}" for n in lengths])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
 
 

@@ -8,6 +8,7 @@ a competitor to its ``ms``, ``tflops``, ``peak_bytes`` and ``errors``, or to the
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -81,6 +82,16 @@ def causal_over_full(records: Sequence[Record]) -> list[dict[str, Any]]:
         if mask == "causal" and full is not None:
             pairs.append({**dict(zip(axes, shape, strict=True)), "ratio": ms / full})
     return pairs
+
+
+def failures(records: Sequence[Record]) -> Counter[tuple[str, str]]:
+    """Count the cells in which a competitor failed for a reason."""
+    return Counter(
+        (name, result["failed"])
+        for record in records
+        for name, result in record["results"].items()
+        if "failed" in result
+    )
 
 
 # ----------------------------------------------------------------------------------------- tables

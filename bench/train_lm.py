@@ -14,12 +14,18 @@ import argparse
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # NumPy's BLAS reads it when it is loaded
+    # Products as small as these gain little from a second thread, and BLAS threads wait for each
+    # other by spinning: beside any other work on the machine they slow training down many times.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import text

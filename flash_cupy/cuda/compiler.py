@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import KernelPlan
 
 _INCLUDE = re.compile(r'#include "([^"]+)"')
 
@@ -108,7 +108,7 @@ class Cubin:
         return int(match[1])
 
 
-def compile_cubin(kernel: str, plan: Plan, arch: str) -> Cubin:
+def compile_cubin(kernel: str, plan: KernelPlan, arch: str) -> Cubin:
     """Compile a kernel for an architecture such as ``"sm_90a"``; this needs no GPU.
 
     Raises
@@ -129,11 +129,11 @@ def compile_cubin(kernel: str, plan: Plan, arch: str) -> Cubin:
         nvrtc.destroyProgram(program)
 
 
-_kernels: dict[tuple[int, str, Plan], Any] = {}
+_kernels: dict[tuple[int, str, KernelPlan], Any] = {}
 _lock = threading.Lock()
 
 
-def load(kernel: str, plan: Plan) -> Any:
+def load(kernel: str, plan: KernelPlan) -> Any:
     """Return the `cupy.RawKernel` of a plan on the current device, compiled on the first call.
 
     Calls from several threads compile each kernel once.

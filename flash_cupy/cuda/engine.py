@@ -14,7 +14,7 @@ import numpy as np
 from ..arrays import Array, address, namespace, sum_to
 from ..problem import Problem
 from .launch import Launch, Machine
-from .plan import Card, Variant, fill_up, plan_for
+from .plan import Card, padded_head_dim, plan_kernel
 from .tensors import WIDEST_ACCESS, access_bytes, fill_params
 
 Tensors = dict[str, Array]
@@ -67,7 +67,7 @@ class CudaEngine:
         if not deterministic:
             # dQ grows here as all blocks add to it; rows and columns filled up as kernels need it.
             rows = -(-problem.seqlen_q // 16) * 16
-            shape = (*problem.rows_shape[:-1], rows, fill_up(problem.head_dim))
+            shape = (*problem.rows_shape[:-1], rows, padded_head_dim(problem.head_dim))
             tensors["dq_sum"] = self.machine.empty(shape, real)
         with (
             full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv),
@@ -115,18 +115,23 @@ def make_launch(
     kernel: str, problem: Problem, tensors: Tensors, alignment: int, card: Card
 ) -> Launch:
     """Plan a kernel and fill its parameters, all but the addresses of the tensors."""
-    variant = Variant.of(
-        problem,
+    names = {"float32": "float", "float64": "double"}
+    element = names.get(problem.dtype.name, problem.dtype.name)
+    plan = plan_kernel(
+        kernel,
+        card,
+        "tensorfloat32" if problem.precision == "tf32" else element,
+        problem.head_dim,
+        problem.head_dim_v,
         access_bytes(tensors, alignment),
+        band=problem.band.left is not None or problem.band.right is not None,
+        softcap=problem.softcap is not None,
         alibi="alibi_slopes" in tensors,
         sum_dq="dq_sum" in tensors,
     )
-    plan = plan_for(kernel, variant, card)
-    over_keys = kernel == "attention_backward"
-    seqlen = problem.seqlen_k if over_keys else problem.seqlen_q
-    heads = problem.kv_heads if over_keys else problem.heads
-    blocks = -(-seqlen // plan.rows) * heads * math.prod(problem.batch)
-    return Launch(kernel, plan, blocks, fill_params(problem, tensors), tuple(tensors))
+    return Launch(
+        kernel, plan, plan.blocks(problem), fill_params(problem, tensors), tuple(tensors)
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..arrays import Array
 from . import compiler
 from .params import ATTENTION_PARAMS
-from .plan import Card, Plan
+from .plan import Card, KernelPlan
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Launch:
     """
 
     kernel: str
-    plan: Plan
+    plan: KernelPlan
     blocks: int
     params: NDArray[Any]
     tensors: tuple[str, ...]
@@ -91,6 +91,6 @@ def _card(device: int) -> Card:
 
     properties = cupy.cuda.runtime.getDeviceProperties(device)
     return Card(
-        capability=(properties["major"], properties["minor"]),
+        compute_capability=(properties["major"], properties["minor"]),
         shared_bytes=properties["sharedMemPerBlockOptin"],
     )

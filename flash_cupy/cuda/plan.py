@@ -7,8 +7,11 @@ constants of their own. kernels_cu/NOTES.md gives the reasons behind the rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ..problem import Problem
 
 #: Head dims that kernels are compiled for; those in between are filled up with zeros on chip.
 HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)
@@ -40,49 +43,26 @@ def row_bytes(columns: int, element: str) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the plans of all kernels have in common.
+class KernelPlan:
+    """How one kernel is compiled and launched.
 
     Attributes
     ----------
     element
         Element type of the kernel, a key of `ELEMENT_BYTES`.
-    head_dim, head_dim_v
-        Columns of the tiles of q and k, and of v and o.
-    tile_m, tile_n
-        Rows (queries) and columns (keys) of a tile of scores.
-    warps
-        Warps of a block of threads.
-    stages
-        Tiles in flight: 1, or 2 where the next one is loaded during a whole step.
-    blocks_per_sm
-        Blocks that the registers of a multiprocessor must suffice for.
     access_bytes
         Width of accesses to global memory; divides the address and the length of all rows.
-    band, softcap, alibi
-        Which parts of the score policy are compiled in; `band` is causal or a window.
+    warps
+        Warps of a block of threads.
     """
 
     element: str
-    head_dim: int
-    head_dim_v: int
-    tile_m: int
-    tile_n: int
-    warps: int
-    stages: int
-    blocks_per_sm: int
     access_bytes: int
-    band: bool
-    softcap: bool
-    alibi: bool
+    warps: int
 
     def __post_init__(self) -> None:
         if self.element not in ELEMENT_BYTES:
             raise ValueError(f"element is {self.element!r}, not one of {', '.join(ELEMENT_BYTES)}")
-        for name in ("head_dim", "head_dim_v", "tile_m", "tile_n"):
-            value = getattr(self, name)
-            if value <= 0 or value % 16:
-                raise ValueError(f"{name} is {value}, not a positive multiple of 16")
         if self.access_bytes not in (2, 4, 8, 16) or self.access_bytes < self.element_bytes:
             raise ValueError(
                 f"access_bytes is {self.access_bytes}, not 2, 4, 8 or 16 and at least an element "
@@ -95,9 +75,23 @@ class Plan:
         return ELEMENT_BYTES[self.element]
 
     @property
+    def sum_bytes(self) -> int:
+        """Bytes of an element of L, D and of the sums: float, or double for double."""
+        return max(4, self.element_bytes)
+
+    @property
     def threads(self) -> int:
         """Threads of a block."""
         return self.warps * WARP
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return 0
+
+    def blocks(self, problem: Problem) -> int:
+        """Return the number of blocks of a launch."""
+        raise NotImplementedError
 
     def options(self) -> tuple[str, ...]:
         """Return the compiler options that carry this plan into a kernel."""
@@ -106,6 +100,46 @@ class Plan:
             f"-DPLAN_{name.upper()}={str(value).lower() if isinstance(value, bool) else value}"
             for name, value in values
         )
+
+
+@dataclass(frozen=True)
+class Plan(KernelPlan):
+    """What the plans of the attention kernels have in common.
+
+    Attributes
+    ----------
+    head_dim, head_dim_v
+        Columns of the tiles of q and k, and of v and o.
+    tile_m, tile_n
+        Rows (queries) and columns (keys) of a tile of scores.
+    stages
+        Tiles in flight: 1, or 2 where the next one is loaded during a whole step.
+    blocks_per_sm
+        Blocks that the registers of a multiprocessor must suffice for.
+    band, softcap, alibi
+        Which parts of the score policy are compiled in; `band` is causal or a window.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    tile_m: int
+    tile_n: int
+    stages: int
+    blocks_per_sm: int
+    band: bool
+    softcap: bool
+    alibi: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("head_dim", "head_dim_v", "tile_m", "tile_n"):
+            value = getattr(self, name)
+            if value <= 0 or value % 16:
+                raise ValueError(f"{name} is {value}, not a positive multiple of 16")
+
+    def tile_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a tile in shared memory."""
+        return rows * row_bytes(columns, self.element)
 
 
 @dataclass(frozen=True)
@@ -143,6 +177,132 @@ class ForwardPlan(Plan):
         """Dynamic shared memory: q and the stages of k and v, in the end o in the same place."""
         d, dv = (row_bytes(n, self.element) for n in (self.head_dim, self.head_dim_v))
         return max(self.tile_m * d + self.stages * self.tile_n * (d + dv), self.tile_m * dv)
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of rows, slice of o and head."""
+        slices = _ceil_div(problem.head_dim_v, self.head_dim_v)
+        return _ceil_div(problem.seqlen_q, self.tile_m) * slices * _heads(problem)
+
+
+@dataclass(frozen=True)
+class BackwardPlan(Plan):
+    """A row for kernels_cu/attention_backward.cu; tile_m queries a step, tile_n keys a block.
+
+    Attributes
+    ----------
+    key_warps, col_warps
+        Warps along the keys and along the columns of dK and dV; `warps` in all.
+    query_warps
+        Warps along the queries of S and dP: col_warps, or 1 where all of them compute the same.
+    dq_row_warps
+        Warps along the rows of dQ.
+    sum_dq
+        Whether dQ is added up here, or left to attention_backward_dq.
+    """
+
+    key_warps: int
+    col_warps: int
+    query_warps: int
+    dq_row_warps: int
+    sum_dq: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warps != self.key_warps * self.col_warps:
+            raise ValueError(f"warps is {self.warps}, not key_warps times col_warps: {self}")
+        dq_col_warps = self.warps // self.dq_row_warps
+        shares = (
+            (self.tile_n, self.key_warps),
+            (self.tile_m, self.query_warps),
+            (self.tile_m, self.dq_row_warps),
+            (self.head_dim, self.col_warps),
+            (self.head_dim_v, self.col_warps),
+            (self.head_dim, dq_col_warps),
+        )
+        for extent, warps in shares:
+            if extent % (16 * warps):
+                raise ValueError(f"{warps} warps cannot share {extent} in blocks of 16: {self}")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: k and v, the stages of q, do and the row terms; dS, P."""
+        keys, queries = (
+            self.tile_bytes(rows, self.head_dim) + self.tile_bytes(rows, self.head_dim_v)
+            for rows in (self.tile_n, self.tile_m)
+        )
+        row_terms = 2 * self.tile_m * self.sum_bytes
+        origins = 4 * 8  # addresses of the tensors of the queries
+        weights = 2 if self.col_warps > 1 else int(self.sum_dq)
+        return (
+            origins
+            + keys
+            + self.stages * (queries + row_terms)
+            + weights * self.tile_bytes(self.tile_n, self.tile_m)
+        )
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of keys and key head."""
+        kv_heads = _heads(problem) // problem.group
+        return _ceil_div(problem.seqlen_k, self.tile_n) * kv_heads
+
+
+@dataclass(frozen=True)
+class BackwardDqPlan(Plan):
+    """A row for kernels_cu/attention_backward_dq.cu; tile_m queries a block, tile_n keys a step."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: q and do, the stages of k and v."""
+        queries, keys = (
+            self.tile_bytes(rows, self.head_dim) + self.tile_bytes(rows, self.head_dim_v)
+            for rows in (self.tile_m, self.tile_n)
+        )
+        return queries + self.stages * keys
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of queries and head."""
+        return _ceil_div(problem.seqlen_q, self.tile_m) * _heads(problem)
+
+
+@dataclass(frozen=True)
+class RowDotsPlan(KernelPlan):
+    """A row for kernels_cu/row_dots.cu."""
+
+    head_dim_v: int
+
+    def blocks(self, problem: Problem) -> int:
+        """Return enough for the rows of all heads; several lanes share a row."""
+        accesses = self.head_dim_v * self.element_bytes // self.access_bytes  # of a row
+        lanes = math.gcd(accesses, WARP)
+        rows = _ceil_div(problem.seqlen_q, 16) * 16  # dq_sum has as many
+        return _ceil_div(rows, self.threads // lanes) * _heads(problem)
+
+
+@dataclass(frozen=True)
+class StoreDqPlan(KernelPlan):
+    """A row for kernels_cu/store_dq.cu."""
+
+    head_dim: int
+    tile_m: int
+    softcap: bool
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: a tile of dq."""
+        return self.tile_m * row_bytes(self.head_dim, self.element)
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of rows and head."""
+        return _ceil_div(problem.seqlen_q, self.tile_m) * _heads(problem)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _heads(problem: Problem) -> int:
+    """Query heads of all batch entries."""
+    return math.prod(problem.batch) * problem.heads
 
 
 class ForwardTiles(NamedTuple):
@@ -269,3 +429,135 @@ def plan_forward(
         f"no kernel for head dims {head_dim} and {head_dim_v} of {element} fits in "
         f"{card.shared_bytes} bytes of shared memory; the smallest takes {plans[-1].shared_bytes}"
     )
+
+
+class BackwardTiles(NamedTuple):
+    """The tuned part of a `BackwardPlan`."""
+
+    tile_m: int
+    tile_n: int
+    key_warps: int
+    col_warps: int
+    query_warps: int
+    dq_row_warps: int
+    stages: int = 2
+    blocks_per_sm: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.key_warps * self.col_warps
+
+
+class BackwardDqTiles(NamedTuple):
+    """The tuned part of a `BackwardDqPlan`."""
+
+    tile_m: int
+    tile_n: int
+    warps: int
+    stages: int = 2
+    blocks_per_sm: int = 1
+
+
+# By bytes of an element and largest head dim, as above.
+BACKWARD_TILES: dict[int, dict[int, list[BackwardTiles]]] = {
+    2: {
+        64: [BackwardTiles(64, 128, 4, 2, 2, 4), BackwardTiles(64, 64, 4, 1, 1, 4)],
+        128: [BackwardTiles(64, 128, 8, 1, 1, 4), BackwardTiles(64, 64, 4, 1, 1, 4, 1)],
+        256: [BackwardTiles(64, 64, 4, 2, 2, 4, 1), BackwardTiles(32, 32, 2, 2, 2, 2, 1)],
+    },
+    4: {
+        64: [BackwardTiles(32, 64, 4, 1, 1, 2)],
+        128: [BackwardTiles(32, 64, 4, 2, 2, 2), BackwardTiles(32, 32, 2, 2, 2, 2, 1)],
+        256: [
+            BackwardTiles(32, 32, 2, 4, 2, 2, 1),
+            BackwardTiles(16, 32, 2, 2, 1, 1, 1),
+            BackwardTiles(16, 16, 1, 2, 1, 1, 1),
+        ],
+    },
+    8: {
+        64: [BackwardTiles(32, 32, 2, 2, 2, 2), BackwardTiles(16, 32, 2, 2, 1, 1, 1)],
+        128: [
+            BackwardTiles(16, 32, 2, 4, 1, 1, 1),
+            BackwardTiles(16, 32, 2, 2, 1, 1, 1),
+            BackwardTiles(16, 16, 1, 2, 1, 1, 1),
+        ],
+        256: [BackwardTiles(16, 16, 1, 4, 1, 1, 1), BackwardTiles(16, 16, 1, 2, 1, 1, 1)],
+    },
+}
+BACKWARD_DQ_TILES: dict[int, dict[int, list[BackwardDqTiles]]] = {
+    2: {
+        64: [BackwardDqTiles(128, 64, 8), BackwardDqTiles(64, 64, 4)],
+        128: [BackwardDqTiles(128, 64, 8), BackwardDqTiles(64, 32, 4)],
+        256: [BackwardDqTiles(64, 32, 4), BackwardDqTiles(32, 16, 2)],
+    },
+    4: {
+        64: [BackwardDqTiles(64, 32, 4), BackwardDqTiles(32, 32, 2)],
+        128: [BackwardDqTiles(64, 32, 4, 1), BackwardDqTiles(32, 16, 2, 1)],
+        256: [BackwardDqTiles(32, 16, 2, 1), BackwardDqTiles(16, 16, 1, 1)],
+    },
+    8: {
+        64: [BackwardDqTiles(32, 32, 2), BackwardDqTiles(16, 16, 1)],
+        128: [BackwardDqTiles(32, 16, 2, 1), BackwardDqTiles(16, 16, 1, 1)],
+        256: [BackwardDqTiles(16, 16, 1, 1)],
+    },
+}
+
+
+def plan_kernel(
+    kernel: str,
+    card: Card,
+    element: str,
+    head_dim: int,
+    head_dim_v: int,
+    access_bytes: int,
+    *,
+    band: bool,
+    softcap: bool,
+    alibi: bool,
+    sum_dq: bool,
+) -> KernelPlan:
+    """Choose the plan of any kernel, as `plan_forward` does."""
+    if kernel == "attention_forward":
+        return plan_forward(
+            card,
+            element,
+            head_dim,
+            head_dim_v,
+            access_bytes,
+            band=band,
+            softcap=softcap,
+            alibi=alibi,
+        )
+    head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
+    if kernel == "row_dots":
+        return RowDotsPlan(element, access_bytes, 4, head_dim_v)
+    if kernel == "store_dq":
+        return StoreDqPlan(element, access_bytes, 4, head_dim, 32, softcap)
+    common: dict[str, Any] = dict(
+        element=element,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        access_bytes=access_bytes,
+        band=band,
+        softcap=softcap,
+        alibi=alibi,
+    )
+    by_head_dim: dict[int, Any]
+    if kernel == "attention_backward":
+        by_head_dim = BACKWARD_TILES[ELEMENT_BYTES[element]]
+        common["sum_dq"] = sum_dq
+    else:
+        by_head_dim = BACKWARD_DQ_TILES[ELEMENT_BYTES[element]]
+    rows = next(r for size, r in by_head_dim.items() if max(head_dim, head_dim_v) <= size)
+    for row in rows:
+        try:
+            if kernel == "attention_backward":
+                plan: Plan = BackwardPlan(**common, **row._asdict(), warps=row.warps)
+            else:
+                plan = BackwardDqPlan(**common, **row._asdict())
+        except ValueError:
+            continue
+        if plan.shared_bytes <= card.shared_bytes:
+            return plan
+    raise ValueError(f"no plan for {kernel}")

@@ -31,7 +31,7 @@ class HostMachine:
 
     def card(self) -> Card:
         """Return the smallest card that the kernels support."""
-        return Card(capability=(8, 0), shared_bytes=163 << 10)
+        return Card(compute_capability=(8, 0), shared_bytes=163 << 10)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Make an array of poison, which counts as not written until a kernel writes it."""
