@@ -97,8 +97,8 @@ class Preset:
     timed: bool = True  # False: memory and errors alone, one call a cell
 
 
-_FLOAT32_SHAPE = {"dtypes": ("float32", "tf32"), "batch": 8, "heads": 16}
-_MEMORY_SHAPE = {"masks": ("full",), "batch": 1, "heads": 8}
+_FLOAT32 = ("float32", "tf32")
+_DOUBLING = tuple(2**n for n in range(10, 18))
 
 PRESETS = {
     "peers": Preset((Grid((64, 128, 256), (512, 2048, 8192, 16384)),)),
@@ -106,23 +106,19 @@ PRESETS = {
     "dtypes": Preset(
         (
             Grid((64, 128), (2048,), dtypes=("float16",)),
-            Grid((128,), (2048,), ("full",), **_FLOAT32_SHAPE),  # type: ignore[arg-type]
-            Grid((64,), (2048,), ("causal",), **_FLOAT32_SHAPE),  # type: ignore[arg-type]
+            Grid((128,), (2048,), ("full",), _FLOAT32, batch=8, heads=16),
+            Grid((64,), (2048,), ("causal",), _FLOAT32, batch=8, heads=16),
             Grid((64, 128), (2048,), dtypes=("float64",), batch=2, heads=16),
         )
     ),
     "deterministic": Preset(
         (Grid((64, 128, 256), (512, 2048, 8192), directions=("deterministic",)),)
     ),
+    # To where dense attention does not fit, and flash_cupy alone to a million.
     "memory": Preset(
         (
-            Grid(
-                (128,),
-                tuple(2**n for n in range(10, 18)),
-                directions=("forward", "both"),
-                **_MEMORY_SHAPE,  # type: ignore[arg-type]
-            ),
-            Grid((128,), (2**18, 2**20), directions=("forward",), **_MEMORY_SHAPE),  # type: ignore[arg-type]
+            Grid((128,), _DOUBLING, ("full",), directions=("forward", "both"), batch=1, heads=8),
+            Grid((128,), (2**18, 2**20), ("full",), directions=("forward",), batch=1, heads=8),
         ),
         peers=("dense",),
         timed=False,

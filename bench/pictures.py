@@ -49,7 +49,8 @@ def _speed(header: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple[
     for (dtype, direction), group in _grouped(timed, ("dtype", "direction")):
         masks = [mask for mask in MASKS if any(r["mask"] == mask for r in group)]
         head_dims = sorted({record["head_dim"] for record in group})
-        figure, grid = _figure(header, f"{dtype} {direction}", len(masks), len(head_dims))
+        title = f"{header['device']}: {dtype} {direction}"
+        figure, grid = _figure(title, group, len(masks), len(head_dims))
         for row, mask in enumerate(masks):
             for column, head_dim in enumerate(head_dims):
                 axes = grid[row][column]
@@ -67,8 +68,8 @@ def _memory(header: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple
     for (dtype, head_dim, batch, heads), group in _grouped(records, shape):
         masks = [mask for mask in MASKS if any(r["mask"] == mask for r in group)]
         directions = list(dict.fromkeys(record["direction"] for record in group))
-        title = f"{dtype}, head dim {head_dim}, {batch} × {heads} heads"
-        figure, grid = _figure(header, title, len(masks), len(directions))
+        title = f"{header['device']}: {dtype}, head dim {head_dim}, {batch} × {heads} heads"
+        figure, grid = _figure(title, group, len(masks), len(directions))
         for row, mask in enumerate(masks):
             for column, direction in enumerate(directions):
                 axes = grid[row][column]
@@ -80,10 +81,18 @@ def _memory(header: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple
         yield f"memory-{dtype}-d{head_dim}-b{batch}-h{heads}", figure
 
 
-def _figure(header: dict[str, Any], title: str, rows: int, columns: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
-    figure.suptitle(f"{header['device']}: {title}")
+def _figure(title: str, records: Sequence[Record], rows: int, columns: int) -> tuple[Figure, Any]:
+    """Make panels that share an axis of all the records' lengths."""
+    figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
+    figure.suptitle(title)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    lengths = sorted({record["seqlen"] for record in records})
+    ticks = [f"{n // 1024}k" if n % 1024 == 0 else f"{n}" for n in lengths]
+    for axes in grid.flat:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, ticks, fontsize="small")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
     for axes in grid[-1]:
         axes.set_xlabel("sequence length")
     return figure, grid
@@ -100,11 +109,6 @@ def _draw(axes: Axes, panel: Sequence[Record], quantity: str, scale: float = 1) 
         if points:
             (line,) = axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4)
             line.set(label=name, color=COLOURS[name], linewidth=2.5 if name == OURS else 1.5)
-    lengths = sorted({record["seqlen"] for record in panel})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else f"{n}" for n in lengths])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
 
 
 def _draw_limit(axes: Axes, panel: Sequence[Record], memory_bytes: int | None) -> None:

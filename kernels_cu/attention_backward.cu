@@ -32,10 +32,10 @@ struct Config {
     static constexpr int TILE_N = PLAN_TILE_N;          // keys of a block
     static constexpr int HEAD_DIM = PLAN_HEAD_DIM;      // of q and k, filled up with zeros
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;  // of v and o
-    static constexpr int KEY_WARPS = PLAN_KEY_WARPS;
-    static constexpr int COL_WARPS = PLAN_COL_WARPS;
-    static constexpr int QUERY_WARPS = PLAN_QUERY_WARPS;  // fewer: some compute the same S and dP
-    static constexpr int DQ_ROW_WARPS = PLAN_DQ_ROW_WARPS;  // warps along the rows of dQ
+    static constexpr int WARPS = PLAN_WARPS;
+    static constexpr int KEY_WARPS = PLAN_KEY_WARPS;        // rows of the grid of warps
+    static constexpr int DQ_ROW_WARPS = PLAN_DQ_ROW_WARPS;  // the same for dQ
+    static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that products are unrolled by
     static constexpr int STAGES = PLAN_STAGES;  // of Q and dO: 2 loads a step ahead
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
@@ -44,7 +44,10 @@ struct Config {
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
     static constexpr bool ALIBI = PLAN_ALIBI;
 
-    static constexpr int THREADS = KEY_WARPS * COL_WARPS * WARP;
+    static constexpr int THREADS = WARPS * WARP;
+    static constexpr int COL_WARPS = WARPS / KEY_WARPS;
+    // Where there are fewer queries than columns of warps, some warps compute the same S and dP.
+    static constexpr int QUERY_WARPS = COL_WARPS < TILE_M / 16 ? COL_WARPS : TILE_M / 16;
 };
 
 template <class Config>
@@ -57,8 +60,7 @@ struct Backward {
     static constexpr int QUERY_BLOCKS = Config::TILE_M / (16 * Config::QUERY_WARPS);
     static constexpr int DIM_BLOCKS = Config::HEAD_DIM / (16 * Config::COL_WARPS);
     static constexpr int DIM_BLOCKS_V = Config::HEAD_DIM_V / (16 * Config::COL_WARPS);
-    static constexpr int DQ_COL_WARPS =
-        Config::KEY_WARPS * Config::COL_WARPS / Config::DQ_ROW_WARPS;
+    static constexpr int DQ_COL_WARPS = Config::WARPS / Config::DQ_ROW_WARPS;
     static constexpr int DQ_ROW_BLOCKS = Config::TILE_M / (16 * Config::DQ_ROW_WARPS);
     static constexpr int DQ_COL_BLOCKS = Config::HEAD_DIM / (16 * DQ_COL_WARPS);
     static_assert(KEY_BLOCKS * 16 * Config::KEY_WARPS == Config::TILE_N &&
@@ -268,7 +270,7 @@ struct Backward {
     template <class BTile, int COL_BLOCKS>
     DEVICE void add_weighted(Accumulator<Real> (&acc)[KEY_BLOCKS][COL_BLOCKS],
                              const Scores& weights, WeightTile tile, BTile b) const {
-        add_weighted_rows(
+        add_weighted_rows<P_IN_REGISTERS ? QUERY_BLOCKS : Config::UNROLL>(
             acc,
             [&](int i, int k) {
                 return P_IN_REGISTERS ? M::to_a(weights[i][P_IN_REGISTERS ? k / 16 : 0])
@@ -286,8 +288,8 @@ struct Backward {
         if (Config::STAGES > 1 && has_next) load_queries(next, 1 - stage);
 
         Scores p = {}, ds = {};
-        multiply_rows(p, k_tile(), warp_key(), q_tile(stage), warp_query());
-        multiply_rows(ds, v_tile(), warp_key(), do_tile(stage), warp_query());
+        multiply_rows<Config::UNROLL>(p, k_tile(), warp_key(), q_tile(stage), warp_query());
+        multiply_rows<Config::UNROLL>(ds, v_tile(), warp_key(), do_tile(stage), warp_query());
         differentiate(p, ds, place.tile, stage);
         if (partial) mask(p, ds, place.tile);
         if (warp_col() < Config::QUERY_WARPS) {
@@ -346,7 +348,7 @@ struct Backward {
         const int warp_row = warp % Config::DQ_ROW_WARPS * (16 * DQ_ROW_BLOCKS);
         const int col_block = warp / Config::DQ_ROW_WARPS * DQ_COL_BLOCKS;
         Accumulator<Real> dq[DQ_ROW_BLOCKS][DQ_COL_BLOCKS] = {};
-        add_weighted_rows(
+        add_weighted_rows<Config::UNROLL>(
             dq,
             [&](int i, int k) { return M::load_a_transposed(ds_tile(), warp_row + 16 * i, k); },
             k_tile(), 16 * col_block);

@@ -28,6 +28,7 @@ struct Config {
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;  // of v and o
     static constexpr int WARPS = PLAN_WARPS;
     static constexpr int STAGES = PLAN_STAGES;  // of K and V: 2 loads a step ahead
+    static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that S and dP are unrolled by
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr bool BAND = PLAN_BAND;
@@ -175,14 +176,14 @@ struct BackwardDq {
         if (Config::STAGES > 1 && has_next) load_keys(tile + 1, 1 - stage);
 
         Scores s = {}, ds = {};
-        multiply_rows(s, q_tile(), warp_row, k_tile(stage), 0);
-        multiply_rows(ds, do_tile(), warp_row, v_tile(stage), 0);
+        multiply_rows<Config::UNROLL>(s, q_tile(), warp_row, k_tile(stage), 0);
+        multiply_rows<Config::UNROLL>(ds, do_tile(), warp_row, v_tile(stage), 0);
         differentiate(s, ds, tile);
         if (partial) mask(ds, tile);
 
         const bool nonfinite = partial && any_nonfinite<Config::THREADS>(k_tile(stage));
         if (nonfinite) remove_nonfinite<Config::THREADS>(k_tile(stage));
-        add_weighted_rows(
+        add_weighted_rows<KEY_BLOCKS>(
             dq, [&](int i, int k) { return M::to_a(ds[i][k / 16]); }, k_tile(stage), 0);
         if (nonfinite) spread_nonfinite_k(tile, stage);
 

@@ -31,6 +31,7 @@ struct Config {
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr int DIM_UNROLL = PLAN_DIM_UNROLL;  // steps of 16 of HEAD_DIM in Q K^T
+    static constexpr int DIM_V_GROUP = PLAN_DIM_V_GROUP;  // of HEAD_DIM_V in P V: a branch
     static constexpr bool Q_IN_REGISTERS = PLAN_Q_IN_REGISTERS;
     static constexpr bool BAND = PLAN_BAND;
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
@@ -152,6 +153,9 @@ struct Forward {
             }
 #pragma unroll
             for (int d = 0; d < DIM_BLOCKS_V; ++d) {
+                // Columns beyond v's are left out. It also keeps the compiler from mixing all
+                // products of a step, which would take more registers than there are.
+                if (d % Config::DIM_V_GROUP == 0 && 16 * d >= params.head_dim_v - first_col) break;
                 const typename M::B b = M::load_b(tile, 16 * n, 16 * d);
 #pragma unroll
                 for (int m = 0; m < ROW_BLOCKS; ++m) M::multiply(o[m][d], p[m], b);

@@ -7,13 +7,14 @@
 #include "tile.cuh"
 #include "mma.cuh"
 
-// acc[i][j] += a[m + i][.] . b[n + j][.]: rows of two tiles multiplied with each other.
-template <class ATile, class BTile, class Real, int ROW_BLOCKS, int COL_BLOCKS>
+// acc[i][j] += a[m + i][.] . b[n + j][.]: rows of two tiles multiplied with each other, UNROLL
+// steps of 16 columns at a time.
+template <int UNROLL, class ATile, class BTile, class Real, int ROW_BLOCKS, int COL_BLOCKS>
 DEVICE void multiply_rows(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], ATile a, int m,
                           BTile b, int n) {
     using M = Mma<typename ATile::Element>;
     static_assert(ATile::COLS == BTile::COLS, "rows of one length");
-#pragma unroll
+#pragma unroll UNROLL
     for (int k = 0; k < ATile::COLS; k += 16) {
         typename M::A fragment[ROW_BLOCKS];
 #pragma unroll
@@ -27,13 +28,14 @@ DEVICE void multiply_rows(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], ATil
     }
 }
 
-// acc[i][j] += sum_k weights[i][k] b[k][n + j]: rows of a tile, weighted and added up.
+// acc[i][j] += sum_k weights[i][k] b[k][n + j]: rows of a tile, weighted and added up, UNROLL steps
+// of 16 rows at a time.
 // weights(i, k) is the fragment of row block i and rows k..k + 15, in the order of k of Mma::to_a.
-template <class BTile, class Real, int ROW_BLOCKS, int COL_BLOCKS, class Weights>
+template <int UNROLL, class BTile, class Real, int ROW_BLOCKS, int COL_BLOCKS, class Weights>
 DEVICE void add_weighted_rows(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], Weights weights,
                               BTile b, int n) {
     using M = Mma<typename BTile::Element>;
-#pragma unroll
+#pragma unroll UNROLL
     for (int k = 0; k < BTile::ROWS; k += 16) {
         typename M::A fragment[ROW_BLOCKS];
 #pragma unroll
@@ -43,25 +45,6 @@ DEVICE void add_weighted_rows(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], 
             const typename M::B other = M::load_b(b, k, n + 16 * j);
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS; ++i) M::multiply(acc[i][j], fragment[i], other);
-        }
-    }
-}
-
-// Calls visit(element, row, col) for the elements of a warp's accumulators, whose first element is
-// at (first_row, first_col).
-template <class Real, int ROW_BLOCKS, int COL_BLOCKS, class Visit>
-DEVICE void for_each_element(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], int first_row,
-                             int first_col, Visit visit) {
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS; ++i) {
-#pragma unroll
-        for (int j = 0; j < COL_BLOCKS; ++j) {
-#pragma unroll
-            for (int x = 0; x < 8; ++x) {
-                const int h = x / 4, e = x % 4;
-                visit(acc[i][j].value[h][e], first_row + 16 * i + Accumulator<Real>::row(e),
-                      first_col + 16 * j + Accumulator<Real>::col(h, e));
-            }
         }
     }
 }

@@ -13,6 +13,7 @@
 // One row of the plan table in flash_cupy/cuda/plan.py.
 struct Config {
     using Element = PLAN_ELEMENT;
+    static constexpr int TILE_M = PLAN_TILE_M;  // rows of a block
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;
     static constexpr int WARPS = PLAN_WARPS;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;
@@ -43,7 +44,7 @@ struct RowDots {
     static constexpr int ELEMENTS = Config::ACCESS_BYTES / sizeof(T);  // of one access
     static constexpr int UNITS = Config::HEAD_DIM_V / ELEMENTS;        // of one row
     static constexpr int LANES = largest_divisor(UNITS, WARP);         // of one row
-    static constexpr int ROWS = Config::THREADS / LANES;               // of a block
+    static constexpr int ROWS = Config::THREADS / LANES;               // of a step
 
     // Consecutive elements, loaded by one instruction.
     struct alignas(Config::ACCESS_BYTES) Unit {
@@ -70,48 +71,47 @@ struct RowDots {
         }
         return sum;
     }
+
+    static DEVICE void store_terms(const AttentionParams& params, const HeadIndex& index,
+                                   int32 row) {
+        const bool exists = row < params.seqlen_q;
+        const Real sum = dot(row_data<const T>(params.o, index, row),
+                             row_data<const T>(params.do_, index, row),
+                             exists ? params.head_dim_v : 0);
+        if (!exists || threadIdx.x % LANES != 0) return;
+        const Real lse = *row_data<const Real>(params.lse, index, row);
+        const Real dlse =
+            params.dlse.data == nullptr ? 0 : *row_data<const Real>(params.dlse, index, row);
+        *reinterpret_cast<RowTerms<Real>*>(row_data<Real>(params.row_dots, index, row)) = {
+            lse == -infinity<Real>() ? 0 : lse * static_cast<Real>(LOG2_E), sum - dlse};
+    }
+
+    // A row's share of dq_sum, whose last rows fill up a block of 16.
+    static DEVICE void clear_dq_sum(const AttentionParams& params, const HeadIndex& index,
+                                    int32 row) {
+        if (params.dq_sum.data == nullptr || row >= ceil_div(params.seqlen_q, 16) * 16) return;
+        Chunk* const chunks = reinterpret_cast<Chunk*>(row_data<Real>(params.dq_sum, index, row));
+        const int32 count = static_cast<int32>(params.dq_sum.row * sizeof(Real)) / CHUNK_BYTES;
+        for (int32 i = threadIdx.x % LANES; i < count; i += LANES) chunks[i] = Chunk{};
+    }
+
+private:
+    template <class Element>
+    static DEVICE Element* row_data(const Tensor& tensor, const HeadIndex& index, int32 row) {
+        return head_data<Element>(tensor, index, index.head) + row * tensor.row;
+    }
 };
 
-// Rows of dq_sum, which is filled up to whole blocks of 16.
-DEVICE int32 sum_rows(const AttentionParams& params) {
-    return ceil_div(params.seqlen_q, 16) * 16;
-}
-
-// A row's share of dq_sum.
-template <int LANES, class Real>
-DEVICE void clear_dq_sum(const AttentionParams& params, const HeadIndex& index, int32 row) {
-    if (params.dq_sum.data == nullptr || row >= sum_rows(params)) return;
-    Real* const first = head_data<Real>(params.dq_sum, index, index.head) + row * params.dq_sum.row;
-    Chunk* const chunks = reinterpret_cast<Chunk*>(first);
-    const int32 count = static_cast<int32>(params.dq_sum.row * sizeof(Real)) / CHUNK_BYTES;
-    for (int32 i = threadIdx.x % LANES; i < count; i += LANES) chunks[i] = Chunk{};
-}
-
-// One block for every RowDots::ROWS rows of every head.
+// One block for every TILE_M rows of every head.
 extern "C" __global__ void __launch_bounds__(Config::THREADS)
     row_dots(const __grid_constant__ AttentionParams params) {
     using Dots = RowDots<Config>;
-    using T = typename Dots::T;
-    using Real = typename Dots::Real;
-    const uint32 row_tiles = ceil_div(sum_rows(params), Dots::ROWS);
+    const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const HeadIndex index(params, blockIdx.x / row_tiles, params.heads);
-    const int32 row = blockIdx.x % row_tiles * Dots::ROWS + threadIdx.x / Dots::LANES;
-    const bool exists = row < params.seqlen_q;
-
-    clear_dq_sum<Dots::LANES, Real>(params, index, row);
-    const Real dot = Dots::dot(
-        head_data<const T>(params.o, index, index.head) + row * params.o.row,
-        head_data<const T>(params.do_, index, index.head) + row * params.do_.row,
-        exists ? params.head_dim_v : 0);
-    if (!exists || threadIdx.x % Dots::LANES != 0) return;
-
-    const Real lse =
-        head_data<const Real>(params.lse, index, index.head)[row * params.lse.row];
-    Real dlse = 0;
-    if (params.dlse.data != nullptr) {
-        dlse = head_data<const Real>(params.dlse, index, index.head)[row * params.dlse.row];
+    const int32 first_row = blockIdx.x % row_tiles * Config::TILE_M;
+#pragma unroll 1
+    for (int i = threadIdx.x / Dots::LANES; i < Config::TILE_M; i += Dots::ROWS) {
+        Dots::clear_dq_sum(params, index, first_row + i);
+        Dots::store_terms(params, index, first_row + i);
     }
-    Real* const terms = head_data<Real>(params.row_dots, index, index.head);
-    *reinterpret_cast<RowTerms<Real>*>(terms + row * params.row_dots.row) = {
-        lse == -infinity<Real>() ? 0 : lse * static_cast<Real>(LOG2_E), dot - dlse};
 }

@@ -154,10 +154,14 @@ class ForwardPlan(Plan):
         Steps of 16 along head_dim that Q K^T is unrolled by.
     q_in_registers
         Whether Q's fragments are loaded once instead of in every step.
+    dim_v_group
+        Steps of 16 along head_dim_v of P V between two branches that skip missing columns of v;
+        fewer steps take fewer registers.
     """
 
     dim_unroll: int
     q_in_registers: bool
+    dim_v_group: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -315,6 +319,7 @@ class ForwardTiles(NamedTuple):
     blocks_per_sm: int
     dim_unroll: int = 16
     q_in_registers: bool = False
+    dim_v_group: int = 16
 
 
 # By element and largest head dim; of each list the first row that fits the card's shared memory.
@@ -340,15 +345,15 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
         256: [ForwardTiles(64, 32, 4, 1, 1), ForwardTiles(64, 16, 4, 1, 1)],
     },
     "float": {
-        32: [ForwardTiles(64, 64, 4, 1, 2, dim_unroll=1)],
-        64: [ForwardTiles(64, 64, 4, 1, 2, dim_unroll=1)],
-        96: [ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1)],
-        128: [ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1)],
-        160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1)],
-        192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1)],
+        32: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
+        64: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
+        96: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
+        128: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
+        160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
+        192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
         256: [
-            ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1),
-            ForwardTiles(64, 16, 4, 1, 1, dim_unroll=1),
+            ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(64, 16, 4, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
     },
     "double": {

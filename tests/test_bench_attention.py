@@ -1,0 +1,358 @@
+"""The attention benchmark: what it counts, times, compares, records and draws; here on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import accuracy
+import attention
+import machine
+import numpy as np
+import peers
+import pictures
+import pytest
+import report
+import timing
+from cells import DIRECTIONS, PRESETS, Cell, Grid
+
+import flash_cupy
+
+CELL = Cell(batch=2, heads=3, seqlen=50, head_dim=8, mask="full", dtype="float32", direction="both")
+
+# ---------------------------------------------------------------------------- cells and statistics
+
+
+def test_flops_by_hand() -> None:
+    cell = Cell(2, 3, 8, 4, "full", "float32", "forward")
+    assert cell.flops == 4 * 2 * 3 * 8 * 8 * 4 == 6144
+    assert replace(cell, mask="causal").flops == 3072
+    assert replace(cell, direction="backward").flops == 2.5 * 6144
+    assert replace(cell, direction="deterministic").flops == 2.5 * 6144
+    assert replace(cell, direction="both").flops == 3.5 * 6144
+
+
+def test_grids_fill_up_to_16k_tokens_of_2048_features() -> None:
+    cells = [cell for grid in PRESETS["peers"].grids for cell in grid.cells()]
+    assert len(cells) == len(set(cells)) == 2 * 24
+    assert all(cell.batch * cell.seqlen == 16384 for cell in cells)
+    assert all(cell.heads * cell.head_dim == 2048 for cell in cells)
+    (cell,) = Grid((64,), (32,), ("full",), directions=("forward",), batch=1, heads=8).cells()
+    assert cell.shape == (1, 8, 32, 64)
+
+
+def test_quick_is_four_cells() -> None:
+    assert sum(len(list(grid.cells())) for grid in PRESETS["quick"].grids) == 4
+
+
+def test_geometric_mean() -> None:
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4)
+    assert report.geometric_mean([0.5, 1.0, 2.0]) == pytest.approx(1)
+
+
+def test_ratios_leave_out_what_was_not_timed() -> None:
+    timed = {"flash_cupy": {"ms": 2.0}, "a": {"ms": 5.0}, "b": {"failed": "no"}}
+    assert report.ratios(timed) == {"a": 2.5}
+    assert report.ratios({"flash_cupy": {"failed": "no"}, "a": {"ms": 5.0}}) == {}
+
+
+def record(cell: Cell, times: dict[str, float | str]) -> report.Record:
+    """A record with the given times, or reasons of failure."""
+    results: dict[str, dict[str, Any]] = {
+        name: {"failed": ms}
+        if isinstance(ms, str)
+        else {"ms": ms, "tflops": cell.flops / ms * 1e-9, "peak_bytes": 2**20, "errors": {}}
+        for name, ms in times.items()
+    }
+    axes = {name: getattr(cell, name) for name in cell.__dataclass_fields__}
+    return {**axes, "results": results, "ratios": report.ratios(results)}
+
+
+def test_summary_by_hand() -> None:
+    other = replace(CELL, head_dim=16)
+    records = [
+        record(CELL, {"flash_cupy": 1.0, "dense": 2.0}),
+        record(other, {"flash_cupy": 1.0, "dense": 8.0}),
+        record(replace(other, seqlen=70), {"flash_cupy": 2.0, "dense": 1.0}),
+        record(replace(other, seqlen=90), {"flash_cupy": 2.0, "dense": "no"}),
+    ]
+    (row,) = report.summary(records)
+    assert row["cells"] == 3
+    assert row["geometric_mean"] == pytest.approx(2)
+    assert row["by_head_dim"] == {"8": pytest.approx(2), "16": pytest.approx(2)}
+    assert row["worst"] == {"ratio": 0.5, "head_dim": 16, "seqlen": 70, "mask": "full"}
+    assert "D16 N70 full" in report.summary_table([row])
+
+
+def test_causal_over_full() -> None:
+    causal, alone = replace(CELL, mask="causal"), replace(CELL, mask="causal", seqlen=9)
+    times = ((CELL, 4.0), (causal, 3.0), (alone, 1.0))
+    (pair,) = report.causal_over_full([record(cell, {"flash_cupy": ms}) for cell, ms in times])
+    assert (pair["seqlen"], pair["ratio"]) == (50, 0.75)
+
+
+# ------------------------------------------------------------------------------------------- timing
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (0.01, 5), (9.0, 30)])
+def test_alternate_takes_turns_and_medians(
+    seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def timer(call: Callable[[], None]) -> Callable[[], float]:
+        call()
+        outlier = len(called) == 3
+        taken = 1.0 if outlier else {"a": 0.001, "b": 0.003}[called[-1]]
+        return lambda: taken
+
+    monkeypatch.setattr(timing, "timer_for", lambda xp: timer)
+    calls = {name: partial(called.append, name) for name in ("a", "b")}
+    assert timing.alternate(calls, np, seconds) == {"a": 0.001, "b": 0.003}
+    assert called == ["a", "b"] * rounds
+
+
+def test_cpu_timer() -> None:
+    ticks = iter([10.0, 12.5])
+    done = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+        assert timing.cpu_timer(lambda: done.append(1))() == 2.5
+    assert done == [1]
+
+
+# ----------------------------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_reference_is_the_specification_in_float64(
+    mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = replace(CELL, mask=mask)
+    x = peers.random_inputs(cell, np)
+    q, k, v, do = (array[-1, -1].astype(np.float64) for array in x)
+    options = {"causal": cell.causal, "device": "cpu"}
+    o = flash_cupy.dense_attention(q, k, v, **options)
+    grads = flash_cupy.dense_attention_backward(do, q, k, v, **options)
+    monkeypatch.setattr(accuracy, "BLOCK_ROWS", 16)
+    expected = accuracy.reference(x, cell, np)
+    for name, truth in zip(("o", "dq", "dk", "dv"), (o, *grads), strict=True):
+        np.testing.assert_allclose(expected[name], truth, rtol=1e-12, atol=1e-14)
+
+    monkeypatch.setattr(accuracy, "WHOLE_SEQLEN", 32)
+    last = accuracy.reference(x, cell, np)
+    assert set(last) == {"o", "dq"}
+    np.testing.assert_allclose(last["o"], o[-16:], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(last["dq"], grads[0][-16:], rtol=1e-12, atol=1e-14)
+
+
+def test_errors_by_hand() -> None:
+    truth = np.ones((4, 2))
+    result = np.full((2, 3, 5, 2), 9.0, np.float32)  # only the last head and rows count
+    result[-1, -1, -4:] = 1
+    result[-1, -1, -1] = (1 - 0.5, 1 + 0.25)
+    rms = ((0.5**2 + 0.25**2) / 8) ** 0.5
+    assert accuracy.errors({"o": result}, {"o": truth}) == {
+        "o": {"rms": pytest.approx(rms), "max": 0.5}
+    }
+
+
+# ------------------------------------------------------------------------------------- competitors
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_competitors_agree(direction: str, mask: str) -> None:
+    cell = replace(CELL, direction=direction, mask=mask)
+    x = peers.random_inputs(cell, np)
+    expected = accuracy.reference(x, cell, np)
+    for competitor in [*peers.competitors(np), peers.Dense(np)]:
+        trial = attention.trial(competitor, x, cell, expected)
+        assert tuple(trial["errors"]) == cell.results
+        assert all(error["max"] < 1e-5 for error in trial["errors"].values()), competitor.name
+        assert trial["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_torch_agrees(direction: str, mask: str) -> None:
+    torch = pytest.importorskip("torch")
+    competitor = peers.Torch(np, torch, "MATH")
+    competitor.peak_bytes = peers.Ours(np).peak_bytes  # PyTorch's own is of a GPU
+    cell = replace(CELL, direction=direction, mask=mask)
+    x = peers.random_inputs(cell, np)
+    trial = attention.trial(competitor, x, cell, accuracy.reference(x, cell, np))
+    assert all(error["max"] < 1e-5 for error in trial["errors"].values())
+
+
+def test_default_backward_is_a_peer_of_the_deterministic_one_only() -> None:
+    taking = [d for d in DIRECTIONS if peers.OursDefault(np).takes(replace(CELL, direction=d))]
+    assert taking == ["deterministic"]
+
+
+def test_tf32_is_float32_with_an_option() -> None:
+    cell = replace(CELL, dtype="tf32")
+    assert peers.random_inputs(cell, np).q.dtype == np.float32
+    assert peers.Ours(np).options(cell)["precision"] == "tf32"
+
+
+def test_torch_backends_take_the_dtypes_they_have_kernels_for() -> None:
+    taking = {
+        dtype: [
+            backend
+            for backend in peers.TORCH_BACKENDS
+            if peers.Torch(np, None, backend).takes(replace(CELL, dtype=dtype))
+        ]
+        for dtype in ("bfloat16", "tf32", "float64")
+    }
+    assert taking["bfloat16"] == list(peers.TORCH_BACKENDS)
+    assert taking["tf32"] == ["EFFICIENT_ATTENTION", "MATH"]
+    assert taking["float64"] == ["MATH"]
+
+
+def test_torch_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert peers.torch_peers(np) == []
+
+
+def test_torch_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = SimpleNamespace(SDPBackend=SimpleNamespace(MATH=0, FLASH_ATTENTION=1))
+    torch = SimpleNamespace(
+        cuda=SimpleNamespace(is_available=lambda: False), nn=SimpleNamespace(attention=backends)
+    )
+    for name, module in (("", torch), (".nn", torch.nn), (".nn.attention", backends)):
+        monkeypatch.setitem(sys.modules, f"torch{name}", module)
+    assert peers.torch_peers(np) == []
+    torch.cuda.is_available = lambda: True
+    names = [peer.name for peer in peers.torch_peers(np)]
+    assert names == ["torch flash", "torch math"]  # this one has no others
+
+
+def test_every_competitor_has_a_colour() -> None:
+    names = {peer.name for peer in [*peers.competitors(np), peers.Dense(np)]}
+    names |= {name for name, _, _ in peers.TORCH_BACKENDS.values()}
+    assert names == set(pictures.COLOURS)
+
+
+# ------------------------------------------------------------------------------------- the program
+
+
+def run(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any], Path]:
+    """Run the program on tiny cells; return its status, its JSON and the file's path."""
+    sizes = "--device cpu --head-dims 8 --seqlens 20 40 --batch 1 --heads 2 --seconds 0.001"
+    status = attention.main([*sizes.split(), "--out", str(tmp_path), *options])
+    (path,) = tmp_path.glob("*/custom.json")
+    assert path.parent.name == machine.slug(machine.describe(np)["device"])
+    return status, json.loads(path.read_text()), path
+
+
+def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, figures, path = run(tmp_path, "--directions", "forward", "deterministic")
+    assert status == 0
+    assert {"device", "date", "numpy", "python", "cores"} <= set(figures["header"])
+    assert len(figures["cells"]) == 2 * 2 * 2
+    for cell, direction in zip(
+        figures["cells"], itertools.cycle(["forward", "deterministic"]), strict=False
+    ):
+        assert cell["direction"] == direction
+        names = {"flash_cupy", "dense_attention"}
+        names |= {"default backward"} if direction == "deterministic" else set()
+        assert set(cell["results"]) == names
+        assert set(cell["ratios"]) == names - {"flash_cupy"}
+        results = {"o"} if direction == "forward" else {"dq", "dk", "dv"}
+        assert set(cell["reference_rms"]) == results
+        for result in cell["results"].values():
+            assert result["tflops"] == pytest.approx(cell["flops"] / result["ms"] * 1e-9)
+            assert result["peak_bytes"] > 0
+            assert set(result["errors"]) == results
+    assert len(figures["causal_over_full"]) == 4
+    assert {row["peer"] for row in figures["summary"]} == {"dense_attention", "default backward"}
+
+    drawn = sorted(path.parent.glob("*.png"))
+    assert [picture.stem for picture in drawn] == [
+        "custom-float32-deterministic",
+        "custom-float32-forward",
+        "custom-memory-float32-d8-b1-h2",
+    ]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in drawn)
+    printed = capsys.readouterr().out
+    for part in ("TFLOP/s", "MiB", "geometric means", "causal over full", "written"):
+        assert part in printed
+
+    drawn[0].unlink()
+    assert attention.main(["--pictures-only", str(path)]) == 0
+    assert drawn[0].exists()
+
+
+def test_peer_that_fails_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError("too large\nby far")
+
+    monkeypatch.setattr(peers.Specification, "forward", fail)
+    status, figures, _ = run(tmp_path, "--directions", "forward", "--masks", "full")
+    assert status == 0
+    for cell in figures["cells"]:
+        assert cell["results"]["dense_attention"] == {"failed": "MemoryError: too large"}
+        assert cell["results"]["flash_cupy"]["ms"] > 0
+        assert cell["ratios"] == {}
+    printed = capsys.readouterr().out
+    assert "no memory" in printed
+    assert "dense_attention failed in 2 of 2 cells: MemoryError: too large" in printed
+
+
+def test_peer_that_fails_when_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "alternate", lambda *args: 1 / 0)
+    status, figures, _ = run(tmp_path, "--directions", "forward", "--masks", "full")
+    assert status == 1
+    result = figures["cells"][0]["results"]["flash_cupy"]
+    assert result["failed"] == "ZeroDivisionError: division by zero"
+    assert result["errors"]["o"]["max"] < 1e-5
+
+
+def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = replace(PRESETS["memory"], grids=PRESETS["cpu"].grids)  # has no peer named 'dense'
+    monkeypatch.setitem(PRESETS, "memory", preset)
+    status, figures, path = run(tmp_path, "--preset", "memory", "--directions", "both")
+    assert status == 0
+    for cell in figures["cells"]:
+        assert set(cell["results"]) == {"flash_cupy"}
+        assert set(cell["results"]["flash_cupy"]) == {"peak_bytes", "errors"}
+    assert [picture.stem for picture in path.parent.glob("*.png")] == [
+        "custom-memory-float32-d8-b1-h2"
+    ]
+
+
+def test_picture_marks_where_memory_ran_out(tmp_path: Path) -> None:
+    records = [
+        record(replace(CELL, seqlen=n), {"flash_cupy": 1.0, "dense": failed})
+        for n, failed in ((64, 2.0), (128, "OutOfMemoryError: 1 GiB"), (256, "RuntimeError: no"))
+    ]
+    header = {"device": "a card", "memory_bytes": 2**30}
+    ((_, figure),) = pictures._memory(header, records)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    marks = lines["dense: out of memory"]
+    np.testing.assert_array_equal(marks.get_xydata(), [[128, 1]])
+    np.testing.assert_array_equal(lines["dense"].get_xdata(), [64])
+
+
+def test_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "why_no_gpu", lambda: "there is none")
+    assert machine.array_module(None) is np
+    with pytest.raises(SystemExit, match="2"):
+        attention.main(["--device", "gpu"])
+    assert "--device gpu: there is none" in capsys.readouterr().err
+
+
+def test_slug() -> None:
+    assert machine.slug("NVIDIA H200 (80 GB)") == "nvidia-h200-80-gb"
