@@ -370,7 +370,9 @@ struct Backward {
             if (first_row + 16 * i < params.seqlen_q) {
 #pragma unroll
                 for (int j = 0; j < DQ_COL_BLOCKS; ++j) {
-                    add_block(sum + 16 * i * params.dq_sum.row + j * SUM_BLOCK, dq[i][j]);
+                    if (16 * (col_block + j) < params.dq_sum.row) {
+                        add_block(sum + 16 * i * params.dq_sum.row + j * SUM_BLOCK, dq[i][j]);
+                    }
                 }
             }
         }

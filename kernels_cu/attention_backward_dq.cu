@@ -1,11 +1,11 @@
 // The gradient of q by itself, for the deterministic backward: a block of threads computes TILE_M
-// rows of dq for one head.
+// rows of dq for one head, of all columns or of a slice of DQ_COLS.
 //
 //   for each tile of keys that the rows see:
 //       S = Q K^T, dP = dO V^T         (TILE_M x TILE_N, in registers)
 //       P = 2^(modify(S) - lse)
 //       dS = P * (dP - D)              0 where masked, times the softcap's derivative
-//       dQ += dS K                     (TILE_M x HEAD_DIM, in registers)
+//       dQ += dS K                     (TILE_M x DQ_COLS, in registers)
 //
 // Every warp owns TILE_M / WARPS rows, as in the forward pass. attention_backward, without its own
 // part of dQ, computes dk and dv.
@@ -26,6 +26,7 @@ struct Config {
     static constexpr int TILE_N = PLAN_TILE_N;          // keys of a step
     static constexpr int HEAD_DIM = PLAN_HEAD_DIM;      // of q and k, filled up with zeros
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;  // of v and o
+    static constexpr int DQ_COLS = PLAN_DQ_COLS;        // columns of dq of a block
     static constexpr int WARPS = PLAN_WARPS;
     static constexpr int STAGES = PLAN_STAGES;  // of K and V: 2 loads a step ahead
     static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that S and dP are unrolled by
@@ -45,13 +46,14 @@ struct BackwardDq {
     using Real = typename M::Real;
     static constexpr int ROW_BLOCKS = Config::TILE_M / (16 * Config::WARPS);
     static constexpr int KEY_BLOCKS = Config::TILE_N / 16;
-    static constexpr int DIM_BLOCKS = Config::HEAD_DIM / 16;
+    static constexpr int COL_BLOCKS = Config::DQ_COLS / 16;
     static_assert(Config::TILE_M % (16 * Config::WARPS) == 0, "a warp owns blocks of 16 rows");
 
     using QTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM>;
     using DoTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM_V>;
     using KTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM>;
     using VTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM_V>;
+    using DqTile = SharedTile<T, Config::TILE_M, Config::DQ_COLS>;  // in the end, in place of q
     using Terms = RowTerms<Real>;
 
     // Shared memory, in this order.
@@ -62,17 +64,20 @@ struct BackwardDq {
     const AttentionParams& params;
     const uint32 head_index;  // of all batches' heads
     const int32 first_row;    // of the block
+    const int32 first_col;    // of the slice
     const int32 warp_row;     // first row of the warp, within the block
     const uint32 shared;
     const Score<Config, Real> score;
 
     Terms terms[ROW_BLOCKS][2];  // as accumulators hold rows: g and g + 8
-    Accumulator<Real> dq[ROW_BLOCKS][DIM_BLOCKS];
+    Accumulator<Real> dq[ROW_BLOCKS][COL_BLOCKS];
 
-    DEVICE BackwardDq(const AttentionParams& params, int32 row_tile, uint32 head_index)
+    DEVICE BackwardDq(const AttentionParams& params, int32 row_tile, int32 slice,
+                      uint32 head_index)
         : params(params),
           head_index(head_index),
           first_row(row_tile * Config::TILE_M),
+          first_col(slice * Config::DQ_COLS),
           warp_row(threadIdx.x / WARP * (16 * ROW_BLOCKS)),
           shared(shared_address(dynamic_shared_memory())),
           score(params, head()),
@@ -184,7 +189,7 @@ struct BackwardDq {
         const bool nonfinite = partial && any_nonfinite<Config::THREADS>(k_tile(stage));
         if (nonfinite) remove_nonfinite<Config::THREADS>(k_tile(stage));
         add_weighted_rows<KEY_BLOCKS>(
-            dq, [&](int i, int k) { return M::to_a(ds[i][k / 16]); }, k_tile(stage), 0);
+            dq, [&](int i, int k) { return M::to_a(ds[i][k / 16]); }, k_tile(stage), first_col);
         if (nonfinite) spread_nonfinite_k(tile, stage);
 
         if constexpr (Config::STAGES == 1) {
@@ -199,7 +204,7 @@ struct BackwardDq {
         load_keys(tile, stage);
         wait_copies<0>();
         __syncthreads();
-        spread_nonfinite(dq, k_tile(stage), [&](int row, int key) {
+        spread_nonfinite(dq, KTile{k_tile(stage).at(0, first_col)}, [&](int row, int key) {
             return score.sees(first_row + warp_row + row, tile * Config::TILE_N + key);
         });
     }
@@ -221,22 +226,27 @@ struct BackwardDq {
     DEVICE void store() {
         __syncthreads();  // all warps have read q
         const Real scale = Config::SOFTCAP ? 1 : static_cast<Real>(params.scale);
-        store_accumulators(q_tile(), warp_row, 0, dq, scale);
+        const DqTile tile{shared};
+        store_accumulators(tile, warp_row, 0, dq, scale);
         __syncthreads();
         const HeadIndex index = head();
+        T* const data = head_data<T>(params.dq, index, index.head);
         copy_to_global<Config::THREADS, Config::ACCESS_BYTES>(
-            q_tile(), head_data<T>(params.dq, index, index.head) + first_row * params.dq.row,
-            params.dq.row, params.seqlen_q - first_row, params.head_dim);
+            tile, data + first_row * params.dq.row + first_col, params.dq.row,
+            params.seqlen_q - first_row, params.head_dim - first_col);
     }
 };
 
-// One block for every tile of rows of every head; the tiles of a head are neighbours, so that its
-// keys stay in L2, the longest rows of a causal mask first.
+// One block for every tile of rows, slice and head, in this order: the tiles of a head are
+// neighbours, so that its keys stay in L2, the longest rows of a causal mask first.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     attention_backward_dq(const __grid_constant__ AttentionParams params) {
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);
-    BackwardDq<Config> backward(params, row_tiles - 1 - blockIdx.x % row_tiles,
-                                blockIdx.x / row_tiles);
+    const uint32 slices = ceil_div(params.head_dim, Config::DQ_COLS);
+    const int32 row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
+    const int32 slice = blockIdx.x / row_tiles % slices;
+
+    BackwardDq<Config> backward(params, row_tile, slice, blockIdx.x / row_tiles / slices);
     backward.walk_keys();
     backward.store();
 }

@@ -155,7 +155,10 @@ struct Forward {
             for (int d = 0; d < DIM_BLOCKS_V; ++d) {
                 // Columns beyond v's are left out. It also keeps the compiler from mixing all
                 // products of a step, which would take more registers than there are.
-                if (d % Config::DIM_V_GROUP == 0 && 16 * d >= params.head_dim_v - first_col) break;
+                if (d > 0 && d % Config::DIM_V_GROUP == 0 &&
+                    16 * d >= params.head_dim_v - first_col) {
+                    break;
+                }
                 const typename M::B b = M::load_b(tile, 16 * n, 16 * d);
 #pragma unroll
                 for (int m = 0; m < ROW_BLOCKS; ++m) M::multiply(o[m][d], p[m], b);

@@ -1,38 +1,37 @@
 // NaN and infinity in rows that are out of sight.
 //
 // A weight of 0 does not keep a value out of a matrix product: 0 * NaN is NaN. So where a tile is
-// only partly visible its non-finite values are taken out of it (remove_nonfinite), and the results
-// that see one of them are found by a second product, of 0/1 visibility with 0/1 marks, and set to
-// NaN (spread_nonfinite). This is rare; what every partial tile pays is the search (any_nonfinite).
+// only partly visible its non-finite values are taken out of it (remove_nonfinite), and after the
+// product the tile is loaded once more and what sees one of them is set to NaN (spread_nonfinite).
+// This is rare; what every partial tile pays is the search (any_nonfinite).
 #pragma once
 #include "types.cuh"
 #include "mma.cuh"
 #include "tile.cuh"
 
+// Bits that are all 1 in non-finite values alone: the exponent, in the upper 4 bytes of double.
 template <class T>
-struct Bits;  // of infinity, which has all bits of the exponent set, and of 1
+constexpr uint32 EXPONENT_BITS = 0x7f800000;
 template <>
-struct Bits<float16> {
-    static constexpr uint32 INFINITE = 0x7c00, ONE = 0x3c00;
-};
+constexpr uint32 EXPONENT_BITS<float16> = 0x7c00;
 template <>
-struct Bits<bfloat16> {
-    static constexpr uint32 INFINITE = 0x7f80, ONE = 0x3f80;
-};
+constexpr uint32 EXPONENT_BITS<bfloat16> = 0x7f80;
 template <>
-struct Bits<float> {
-    static constexpr uint32 INFINITE = 0x7f800000, ONE = 0x3f800000;
-};
-template <>
-struct Bits<tensorfloat32> : Bits<float> {};
-template <>
-struct Bits<double> {  // of the upper word
-    static constexpr uint32 INFINITE = 0x7ff00000, ONE = 0x3ff00000;
-};
+constexpr uint32 EXPONENT_BITS<double> = 0x7ff00000;
 
 template <class T>
 DEVICE bool is_nonfinite(uint32 bits) {
-    return (bits & Bits<T>::INFINITE) == Bits<T>::INFINITE;
+    return (bits & EXPONENT_BITS<T>) == EXPONENT_BITS<T>;
+}
+
+// Whether the element of type T at an address in shared memory is NaN or infinite.
+template <class T>
+DEVICE bool nonfinite_at(uint32 address) {
+    if constexpr (sizeof(T) == 2) {
+        return is_nonfinite<T>(load_shared<uint16>(address));
+    } else {
+        return is_nonfinite<T>(load_shared<uint32>(address + sizeof(T) - 4));
+    }
 }
 
 template <class T>
@@ -65,60 +64,16 @@ template <int THREADS, class Tile>
 DEVICE void remove_nonfinite(Tile tile) {
     using T = typename Tile::Element;
     CopyShape<Tile, THREADS, CHUNK_BYTES>().for_each([&](int row, int byte) {
-        const uint32 address = tile.at(row, 0) + byte;
-        if (!has_nonfinite<T>(load_shared<Chunk>(address))) return;
+        const uint32 chunk = tile.at(row, 0) + byte;
+        if (!has_nonfinite<T>(load_shared<Chunk>(chunk))) return;
 #pragma unroll 1
-        for (int i = 0; i < CHUNK_BYTES; i += sizeof(T)) {
-            if constexpr (sizeof(T) == 2) {
-                const uint32 bits = load_shared<uint16>(address + i);
-                if (is_nonfinite<T>(bits)) store_shared<uint16>(address + i, 0);
-            } else {
-                const uint32 upper = load_shared<uint32>(address + i + sizeof(T) - 4);
-                if (is_nonfinite<T>(upper)) {
-                    store_shared(address + i, typename Mma<T>::Real(0));
-                }
+        for (uint32 address = chunk; address < chunk + CHUNK_BYTES; address += sizeof(T)) {
+            if (nonfinite_at<T>(address)) {
+                store_shared(address, typename Word<sizeof(T)>::type(0));
             }
         }
     });
     __syncthreads();
-}
-
-// The fragment b of Mma<T> with 1 in place of non-finite values and 0 of finite ones.
-template <class T>
-DEVICE void mark_nonfinite(typename Mma16<T>::B& b) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        b.bits[i] = (is_nonfinite<T>(b.bits[i]) ? Bits<T>::ONE : 0) |
-                    (is_nonfinite<T>(b.bits[i] >> 16) ? Bits<T>::ONE << 16 : 0);
-    }
-}
-
-template <class T>
-DEVICE void mark_nonfinite(FragmentsTf32::B& b) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        uint32& bits = b.bits[i / 4][i % 4];
-        bits = is_nonfinite<T>(bits) ? Bits<T>::ONE : 0;
-    }
-}
-
-template <class T>
-DEVICE void mark_nonfinite(FragmentsSplit::B& b) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        uint32 &big = b.big[i / 4][i % 4], &small = b.small[i / 4][i % 4];
-        big = is_nonfinite<T>(small) ? Bits<T>::ONE : 0;
-        small = 0;
-    }
-}
-
-template <class T>
-DEVICE void mark_nonfinite(Mma<double>::B& b) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        double& x = b.x[i / 4][i % 4];
-        x = is_nonfinite<T>(static_cast<uint32>(bit_cast<uint64>(x) >> 32)) ? 1 : 0;
-    }
 }
 
 // Sets to NaN what sees a non-finite value in the product acc += weights (M x K) tile (K x N):
@@ -126,33 +81,23 @@ DEVICE void mark_nonfinite(Mma<double>::B& b) {
 template <class Tile, class Real, int ROW_BLOCKS, int COL_BLOCKS, class Sees>
 DEVICE void spread_nonfinite(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], Tile tile,
                              Sees sees) {
-    using T = typename Tile::Element;
-    using M = Mma<T>;
-#pragma unroll
-    for (int n = 0; n < COL_BLOCKS; ++n) {
-        Accumulator<Real> count[ROW_BLOCKS] = {};
 #pragma unroll 1
-        for (int k = 0; k < Tile::ROWS; k += 16) {
-            typename M::B marks = M::load_b(tile, k, 16 * n);
-            mark_nonfinite<T>(marks);
+    for (int k = 0; k < Tile::ROWS; ++k) {
+        bool seen[ROW_BLOCKS][2];
 #pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; ++m) {
-                Accumulator<Real> seen;
-#pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    const int row = 16 * m + Accumulator<Real>::row(e % 4);
-                    const int col = k + Accumulator<Real>::col(e / 4, e % 4);
-                    seen.value[e / 4][e % 4] = sees(row, col) ? 1 : 0;
-                }
-                M::multiply(count[m], M::to_a(seen), marks);
-            }
+        for (int i = 0; i < 2 * ROW_BLOCKS; ++i) {
+            seen[i / 2][i % 2] = sees(16 * (i / 2) + Accumulator<Real>::row(i % 2 * 2), k);
         }
 #pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; ++m) {
+        for (int i = 0; i < 4 * COL_BLOCKS; ++i) {
+            const int n = i / 4, h = i / 2 % 2, e = i % 2;
+            const int col = 16 * n + Accumulator<Real>::col(h, e);
+            if (!nonfinite_at<typename Tile::Element>(tile.at(k, col))) continue;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                if (count[m].value[e / 4][e % 4] > 0) {
-                    acc[m][n].value[e / 4][e % 4] = infinity<Real>() - infinity<Real>();
+            for (int m = 0; m < ROW_BLOCKS; ++m) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    if (seen[m][r]) acc[m][n].value[h][2 * r + e] = infinity<Real>() * 0;
                 }
             }
         }

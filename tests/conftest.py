@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
+import gpu_report
 import hypothesis
 import pytest
 from engines import HOST, Engine, available_engines
 
 from flash_cupy import tiled
 from flash_cupy.cuda.engine import CudaEngine
+from flash_cupy.gpu import why_no_gpu
 
 # Examples are the same in every run of CI; FLASH_CUPY_EXAMPLES=1000 searches further.
 hypothesis.settings.register_profile(
@@ -50,3 +52,17 @@ def host_engine(host_cuda_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -
     """The simulated device in place of the CPU engine."""
     monkeypatch.setattr("flash_cupy.engine.tiled", host_cuda_engine)
     return HOST
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what is known of the GPU; record a complete run on one."""
+    complete = not config.option.keyword and config.args == config.getini("testpaths")
+    if why_no_gpu() is None and complete:
+        counts = {
+            outcome: len(terminalreporter.stats.get(outcome, ()))
+            for outcome in ("passed", "failed", "skipped")
+        }
+        gpu_report.write(**counts)
+    terminalreporter.write_line(gpu_report.describe())

@@ -70,15 +70,22 @@ def _identity(x: Any) -> Any:
     return x
 
 
+CPU = Engine("cpu", np, _identity, _identity, {"device": "cpu"})
+
 #: The CUDA engine on a simulated device, where the fixture ``host_engine`` has put it in place.
 HOST = Engine("host", np, _identity, _identity, {"device": "cpu"})
 
 
 def available_engines() -> list[Engine]:
     """The CPU engine always, the GPU where there is one."""
-    engines = [Engine("cpu", np, _identity, _identity, {"device": "cpu"})]
+    engines = [CPU]
     if why_no_gpu() is None:
-        import cupy
-
-        engines.append(Engine("gpu", cupy, cupy.asarray, cupy.asnumpy, {}))
+        engines.append(gpu_engine())
     return engines
+
+
+def gpu_engine() -> Engine:
+    """CuPy arrays, on the GPU."""
+    import cupy
+
+    return Engine("gpu", cupy, cupy.asarray, cupy.asnumpy, {})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from engines import CPU, Engine
+from ml_dtypes import finfo
 from strategies import FLOAT64, Case
 
 import flash_cupy
@@ -12,24 +14,24 @@ import flash_cupy
 NAMES = ("o", "lse", "dq", "dk", "dv")
 
 
-def dense(case: Case, dtype: np.dtype | None = None) -> tuple[Any, ...]:
-    """Return (o, lse, dq, dk, dv) of the specification, computed in ``dtype``."""
-    options = {**case.options, "device": "cpu", "dtype": dtype}
-    o, lse = flash_cupy.dense_attention_forward(case.q, case.k, case.v, **options)
-    grads = flash_cupy.dense_attention_backward(
-        case.do, case.q, case.k, case.v, dlse=case.dlse, **options
-    )
-    return (o, lse, *grads)
+def dense(case: Case, dtype: np.dtype | None = None, engine: Engine = CPU) -> tuple[Any, ...]:
+    """Return (o, lse, dq, dk, dv) of the specification, computed in ``dtype`` where engine is."""
+    options = {**engine.options_of(case), "dtype": dtype}
+    q, k, v, do, dlse = (engine.array(x) for x in (case.q, case.k, case.v, case.do, case.dlse))
+    o, lse = flash_cupy.dense_attention_forward(q, k, v, **options)
+    grads = flash_cupy.dense_attention_backward(do, q, k, v, dlse=dlse, **options)
+    return tuple(engine.download(x) for x in (o, lse, *grads))
 
 
-def assert_exact(case: Case, results: tuple[Any, ...]) -> None:
+def assert_exact(case: Case, results: tuple[Any, ...], engine: Engine = CPU) -> None:
     """Check results, or the first few of them, against float64 and the specification's own error.
 
     float64 agrees to 1e-12. In the other dtypes the error is at most twice that of the
-    specification computed in the same dtype, plus a few roundings of the largest entry.
+    specification computed in the same dtype, plus one (float32: a few) of the largest entry's
+    units in the last place. The specification is computed where ``engine`` is.
     """
-    reference = dense(case.astype(FLOAT64), FLOAT64)
-    same_dtype = dense(case)
+    reference = dense(case.astype(FLOAT64), FLOAT64, engine)
+    same_dtype = dense(case, engine=engine)
     for name, got, expected, spec in zip(NAMES, results, reference, same_dtype, strict=False):
         assert got.shape == expected.shape, name
         assert got.dtype == spec.dtype, name
@@ -41,11 +43,10 @@ def assert_exact(case: Case, results: tuple[Any, ...]) -> None:
         if case.dtype == FLOAT64:
             bound = 1e-12 * largest
         else:
-            bound = 2 * abs(spec - expected).max(initial=0) + 4 * _epsilon(name, case) * largest
+            bound = 2 * abs(spec - expected).max(initial=0) + _unit(name, case) * largest
         assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
 
 
-def _epsilon(name: str, case: Case) -> float:
-    from ml_dtypes import finfo
-
-    return float(finfo(np.float32 if name == "lse" else case.dtype).eps)
+def _unit(name: str, case: Case) -> float:
+    dtype = np.dtype(np.float32) if name == "lse" else case.dtype
+    return float(finfo(dtype).eps) * (4 if dtype == np.float32 else 1)

@@ -220,3 +220,9 @@ def test_numpy_integers_and_floats_are_numbers() -> None:
     np.testing.assert_array_equal(
         o, flash_cupy.attention(Q, K, V, causal=True, window=(3, None), scale=0.5, device="cpu")
     )
+
+
+@pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")
+def test_compile_without_a_gpu() -> None:
+    with pytest.raises(ValueError, match=r"^no GPU to compile for: CuPy "):
+        flash_cupy.compile([64], np.float16)

@@ -140,7 +140,7 @@ def full_gradients(
     empty: Callable[[tuple[int, ...], np.dtype[Any]], Array],
     *given: Array,
 ) -> Iterator[tuple[Array, ...]]:
-    """Yield gradients with all batch axes, and sum those of broadcast inputs to the given arrays."""
+    """Yield gradients with all batch axes; sum those of broadcast inputs to the given arrays."""
     full = []
     for x in given:
         heads = x.shape[-3:-2] or (1,)
@@ -155,4 +155,4 @@ def full_gradients(
 
 def _rows_are_contiguous(x: Array) -> bool:
     """Whether kernels can read and write the array as it is."""
-    return x.shape[-1] == 1 or x.strides[-1] == x.itemsize
+    return bool(x.shape[-1] == 1 or x.strides[-1] == x.itemsize)

@@ -194,38 +194,40 @@ class BackwardPlan(Plan):
 
     Attributes
     ----------
-    key_warps, col_warps
-        Warps along the keys and along the columns of dK and dV; `warps` in all.
-    query_warps
-        Warps along the queries of S and dP: col_warps, or 1 where all of them compute the same.
+    key_warps
+        Rows of the grid of warps: along the keys. Its columns are along those of dK and dV.
     dq_row_warps
-        Warps along the rows of dQ.
+        Rows of the grid of warps for dQ.
+    unroll
+        Steps of 16 that products are unrolled by.
     sum_dq
         Whether dQ is added up here, or left to attention_backward_dq.
     """
 
     key_warps: int
-    col_warps: int
-    query_warps: int
     dq_row_warps: int
+    unroll: int
     sum_dq: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warps != self.key_warps * self.col_warps:
-            raise ValueError(f"warps is {self.warps}, not key_warps times col_warps: {self}")
-        dq_col_warps = self.warps // self.dq_row_warps
+        dq_cols = self.warps // self.dq_row_warps
         shares = (
             (self.tile_n, self.key_warps),
-            (self.tile_m, self.query_warps),
-            (self.tile_m, self.dq_row_warps),
+            (self.tile_m, min(self.col_warps, self.tile_m // 16)),
             (self.head_dim, self.col_warps),
             (self.head_dim_v, self.col_warps),
-            (self.head_dim, dq_col_warps),
+            (self.tile_m, self.dq_row_warps),
+            (self.head_dim, dq_cols),
         )
         for extent, warps in shares:
             if extent % (16 * warps):
                 raise ValueError(f"{warps} warps cannot share {extent} in blocks of 16: {self}")
+
+    @property
+    def col_warps(self) -> int:
+        """Columns of the grid of warps."""
+        return self.warps // self.key_warps
 
     @property
     def shared_bytes(self) -> int:
@@ -252,7 +254,18 @@ class BackwardPlan(Plan):
 
 @dataclass(frozen=True)
 class BackwardDqPlan(Plan):
-    """A row for kernels_cu/attention_backward_dq.cu; tile_m queries a block, tile_n keys a step."""
+    """A row for kernels_cu/attention_backward_dq.cu; tile_m queries a block, tile_n keys a step.
+
+    Attributes
+    ----------
+    dq_cols
+        Columns of dQ that a block computes.
+    unroll
+        Steps of 16 along the head dims that S and dP are unrolled by.
+    """
+
+    dq_cols: int
+    unroll: int
 
     @property
     def shared_bytes(self) -> int:
@@ -264,8 +277,9 @@ class BackwardDqPlan(Plan):
         return queries + self.stages * keys
 
     def blocks(self, problem: Problem) -> int:
-        """Return one for every tile of queries and head."""
-        return _ceil_div(problem.seqlen_q, self.tile_m) * _heads(problem)
+        """Return one for every tile of queries, slice of dq and head."""
+        slices = _ceil_div(problem.head_dim, self.dq_cols)
+        return _ceil_div(problem.seqlen_q, self.tile_m) * slices * _heads(problem)
 
 
 @dataclass(frozen=True)
@@ -273,13 +287,11 @@ class RowDotsPlan(KernelPlan):
     """A row for kernels_cu/row_dots.cu."""
 
     head_dim_v: int
+    tile_m: int
 
     def blocks(self, problem: Problem) -> int:
-        """Return enough for the rows of all heads; several lanes share a row."""
-        accesses = self.head_dim_v * self.element_bytes // self.access_bytes  # of a row
-        lanes = math.gcd(accesses, WARP)
-        rows = _ceil_div(problem.seqlen_q, 16) * 16  # dq_sum has as many
-        return _ceil_div(rows, self.threads // lanes) * _heads(problem)
+        """Return one for every tile of rows and head."""
+        return _ceil_div(problem.seqlen_q, self.tile_m) * _heads(problem)
 
 
 @dataclass(frozen=True)
@@ -441,17 +453,12 @@ class BackwardTiles(NamedTuple):
 
     tile_m: int
     tile_n: int
+    warps: int
     key_warps: int
-    col_warps: int
-    query_warps: int
     dq_row_warps: int
-    stages: int = 2
+    stages: int
     blocks_per_sm: int = 1
-
-    @property
-    def warps(self) -> int:
-        """Warps of a block."""
-        return self.key_warps * self.col_warps
+    unroll: int = 16
 
 
 class BackwardDqTiles(NamedTuple):
@@ -460,53 +467,152 @@ class BackwardDqTiles(NamedTuple):
     tile_m: int
     tile_n: int
     warps: int
-    stages: int = 2
+    stages: int
     blocks_per_sm: int = 1
+    unroll: int = 16
 
 
-# By bytes of an element and largest head dim, as above.
-BACKWARD_TILES: dict[int, dict[int, list[BackwardTiles]]] = {
-    2: {
-        64: [BackwardTiles(64, 128, 4, 2, 2, 4), BackwardTiles(64, 64, 4, 1, 1, 4)],
-        128: [BackwardTiles(64, 128, 8, 1, 1, 4), BackwardTiles(64, 64, 4, 1, 1, 4, 1)],
-        256: [BackwardTiles(64, 64, 4, 2, 2, 4, 1), BackwardTiles(32, 32, 2, 2, 2, 2, 1)],
-    },
-    4: {
-        64: [BackwardTiles(32, 64, 4, 1, 1, 2)],
-        128: [BackwardTiles(32, 64, 4, 2, 2, 2), BackwardTiles(32, 32, 2, 2, 2, 2, 1)],
-        256: [
-            BackwardTiles(32, 32, 2, 4, 2, 2, 1),
-            BackwardTiles(16, 32, 2, 2, 1, 1, 1),
-            BackwardTiles(16, 16, 1, 2, 1, 1, 1),
+# By element and largest head dim; of each list the first row that fits the card's shared memory.
+_BACKWARD_16BIT = {
+    32: [BackwardTiles(32, 128, 4, 4, 2, 2, 2)],
+    64: [BackwardTiles(32, 128, 4, 4, 2, 2, 2)],
+    96: [BackwardTiles(64, 128, 8, 4, 4, 2), BackwardTiles(64, 64, 4, 2, 2, 1)],
+    128: [
+        BackwardTiles(64, 128, 8, 4, 2, 2),
+        BackwardTiles(64, 128, 8, 4, 2, 1),
+        BackwardTiles(64, 64, 4, 2, 2, 1),
+    ],
+    192: [
+        BackwardTiles(64, 64, 8, 2, 2, 2),
+        BackwardTiles(64, 64, 8, 2, 2, 1),
+        BackwardTiles(32, 32, 4, 2, 2, 1),
+    ],
+    256: [
+        BackwardTiles(64, 64, 8, 2, 2, 2),
+        BackwardTiles(64, 64, 8, 2, 2, 1),
+        BackwardTiles(32, 32, 4, 2, 2, 1),
+    ],
+}
+_BACKWARD_32BIT = {
+    32: [BackwardTiles(64, 64, 4, 2, 2, 1, 2, unroll=1)],
+    64: [
+        BackwardTiles(64, 64, 4, 2, 2, 1, 2, unroll=2),
+        BackwardTiles(32, 64, 4, 2, 2, 1, unroll=2),
+    ],
+    96: [
+        BackwardTiles(64, 128, 8, 4, 4, 1, unroll=1),
+        BackwardTiles(64, 64, 4, 2, 2, 1, unroll=1),
+        BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
+    ],
+    128: [
+        BackwardTiles(64, 64, 8, 2, 2, 1, unroll=2),
+        BackwardTiles(32, 64, 8, 4, 2, 2, unroll=2),
+        BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
+    ],
+    192: [
+        BackwardTiles(32, 64, 8, 4, 2, 1, unroll=1),
+        BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
+        BackwardTiles(16, 32, 4, 2, 1, 1, unroll=1),
+    ],
+    256: [
+        BackwardTiles(32, 64, 8, 4, 2, 1, unroll=1),
+        BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
+        BackwardTiles(16, 16, 4, 1, 1, 1, unroll=1),
+    ],
+}
+BACKWARD_TILES: dict[str, dict[int, list[BackwardTiles]]] = {
+    "float16": _BACKWARD_16BIT,
+    "bfloat16": _BACKWARD_16BIT,
+    "tensorfloat32": _BACKWARD_32BIT,
+    "float": _BACKWARD_32BIT,
+    "double": {
+        32: [BackwardTiles(32, 64, 4, 4, 2, 1, 2, unroll=2)],
+        64: [
+            BackwardTiles(32, 64, 8, 4, 2, 2, unroll=2),
+            BackwardTiles(32, 64, 8, 4, 2, 1, unroll=2),
+            BackwardTiles(32, 32, 4, 2, 2, 1, unroll=2),
         ],
-    },
-    8: {
-        64: [BackwardTiles(32, 32, 2, 2, 2, 2), BackwardTiles(16, 32, 2, 2, 1, 1, 1)],
+        96: [
+            BackwardTiles(32, 64, 8, 4, 2, 1, unroll=2),
+            BackwardTiles(32, 32, 4, 2, 2, 1, unroll=2),
+            BackwardTiles(16, 16, 2, 1, 1, 1, unroll=2),
+        ],
         128: [
-            BackwardTiles(16, 32, 2, 4, 1, 1, 1),
-            BackwardTiles(16, 32, 2, 2, 1, 1, 1),
-            BackwardTiles(16, 16, 1, 2, 1, 1, 1),
+            BackwardTiles(32, 32, 4, 2, 2, 1, unroll=2),
+            BackwardTiles(16, 16, 2, 1, 1, 1, unroll=2),
         ],
-        256: [BackwardTiles(16, 16, 1, 4, 1, 1, 1), BackwardTiles(16, 16, 1, 2, 1, 1, 1)],
+        192: [
+            BackwardTiles(32, 32, 8, 2, 2, 1, unroll=1),
+            BackwardTiles(32, 16, 4, 1, 2, 1, unroll=1),
+            BackwardTiles(16, 16, 4, 1, 1, 1, unroll=1),
+        ],
+        256: [
+            BackwardTiles(32, 16, 4, 1, 2, 1, unroll=1),
+            BackwardTiles(16, 16, 4, 1, 1, 1, unroll=1),
+        ],
     },
 }
-BACKWARD_DQ_TILES: dict[int, dict[int, list[BackwardDqTiles]]] = {
-    2: {
-        64: [BackwardDqTiles(128, 64, 8), BackwardDqTiles(64, 64, 4)],
-        128: [BackwardDqTiles(128, 64, 8), BackwardDqTiles(64, 32, 4)],
-        256: [BackwardDqTiles(64, 32, 4), BackwardDqTiles(32, 16, 2)],
-    },
-    4: {
-        64: [BackwardDqTiles(64, 32, 4), BackwardDqTiles(32, 32, 2)],
-        128: [BackwardDqTiles(64, 32, 4, 1), BackwardDqTiles(32, 16, 2, 1)],
-        256: [BackwardDqTiles(32, 16, 2, 1), BackwardDqTiles(16, 16, 1, 1)],
-    },
-    8: {
-        64: [BackwardDqTiles(32, 32, 2), BackwardDqTiles(16, 16, 1)],
-        128: [BackwardDqTiles(32, 16, 2, 1), BackwardDqTiles(16, 16, 1, 1)],
-        256: [BackwardDqTiles(16, 16, 1, 1)],
+_BACKWARD_DQ_16BIT = {
+    64: [BackwardDqTiles(128, 64, 4, 2, 2, unroll=2), BackwardDqTiles(128, 64, 4, 1, 2, unroll=2)],
+    96: [BackwardDqTiles(128, 32, 4, 2, 2)],
+    128: [BackwardDqTiles(128, 32, 4, 2, 2), BackwardDqTiles(128, 32, 4, 1)],
+    192: [BackwardDqTiles(128, 64, 8, 1), BackwardDqTiles(64, 32, 4, 1)],
+    256: [BackwardDqTiles(128, 64, 8, 1), BackwardDqTiles(64, 32, 4, 1)],
+}
+_BACKWARD_DQ_32BIT = {
+    64: [BackwardDqTiles(128, 32, 4, 1, 2, unroll=1)],
+    96: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
+    128: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
+    192: [BackwardDqTiles(64, 32, 4, 1, unroll=1), BackwardDqTiles(32, 16, 2, 1, unroll=1)],
+    256: [
+        BackwardDqTiles(64, 32, 4, 1, unroll=1),
+        BackwardDqTiles(64, 16, 4, 1, unroll=1),
+        BackwardDqTiles(32, 16, 2, 1, unroll=1),
+    ],
+}
+BACKWARD_DQ_TILES: dict[str, dict[int, list[BackwardDqTiles]]] = {
+    "float16": _BACKWARD_DQ_16BIT,
+    "bfloat16": _BACKWARD_DQ_16BIT,
+    "tensorfloat32": _BACKWARD_DQ_32BIT,
+    "float": _BACKWARD_DQ_32BIT,
+    "double": {
+        64: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=2)],
+        96: [BackwardDqTiles(64, 16, 4, 1, unroll=2), BackwardDqTiles(32, 16, 2, 1, unroll=2)],
+        128: [BackwardDqTiles(64, 16, 4, 1, unroll=2), BackwardDqTiles(32, 16, 2, 1, unroll=2)],
+        192: [BackwardDqTiles(32, 16, 2, 1, unroll=2), BackwardDqTiles(16, 16, 1, 1, unroll=2)],
+        256: [BackwardDqTiles(32, 16, 2, 1, unroll=2), BackwardDqTiles(16, 16, 1, 1, unroll=2)],
     },
 }
+
+
+def _padded_to(columns: int, warps: int) -> int:
+    """Columns that `warps` warps can share in blocks of 16."""
+    return _ceil_div(columns, 16 * warps) * 16 * warps
+
+
+def _backward_plan(
+    row: BackwardTiles, head_dim: int, head_dim_v: int, options: dict[str, Any]
+) -> BackwardPlan:
+    col_warps, dq_col_warps = row.warps // row.key_warps, row.warps // row.dq_row_warps
+    return BackwardPlan(
+        **row._asdict(),
+        head_dim=_padded_to(head_dim, max(col_warps, dq_col_warps)),
+        head_dim_v=_padded_to(head_dim_v, col_warps),
+        **options,
+    )
+
+
+def _backward_dq_plan(
+    row: BackwardDqTiles, head_dim: int, head_dim_v: int, options: dict[str, Any]
+) -> BackwardDqPlan:
+    dq_cols = slice_width(head_dim, options["element"])
+    return BackwardDqPlan(
+        **row._asdict(),
+        head_dim=_ceil_div(head_dim, dq_cols) * dq_cols,
+        head_dim_v=head_dim_v,
+        dq_cols=dq_cols,
+        **options,
+    )
 
 
 def plan_kernel(
@@ -536,33 +642,34 @@ def plan_kernel(
         )
     head_dim, head_dim_v = padded_head_dim(head_dim), padded_head_dim(head_dim_v)
     if kernel == "row_dots":
-        return RowDotsPlan(element, access_bytes, 4, head_dim_v)
+        return RowDotsPlan(element, access_bytes, 4, head_dim_v, 64)
     if kernel == "store_dq":
         return StoreDqPlan(element, access_bytes, 4, head_dim, 32, softcap)
-    common: dict[str, Any] = dict(
-        element=element,
-        head_dim=head_dim,
-        head_dim_v=head_dim_v,
-        access_bytes=access_bytes,
-        band=band,
-        softcap=softcap,
-        alibi=alibi,
+    options: dict[str, Any] = dict(
+        element=element, access_bytes=access_bytes, band=band, softcap=softcap, alibi=alibi
     )
-    by_head_dim: dict[int, Any]
+    widest = max(head_dim, head_dim_v)
+    plans: list[BackwardPlan] | list[BackwardDqPlan]
     if kernel == "attention_backward":
-        by_head_dim = BACKWARD_TILES[ELEMENT_BYTES[element]]
-        common["sum_dq"] = sum_dq
+        options["sum_dq"] = sum_dq
+        plans = [
+            _backward_plan(row, head_dim, head_dim_v, options)
+            for row in _rows_for(widest, BACKWARD_TILES[element])
+        ]
     else:
-        by_head_dim = BACKWARD_DQ_TILES[ELEMENT_BYTES[element]]
-    rows = next(r for size, r in by_head_dim.items() if max(head_dim, head_dim_v) <= size)
-    for row in rows:
-        try:
-            if kernel == "attention_backward":
-                plan: Plan = BackwardPlan(**common, **row._asdict(), warps=row.warps)
-            else:
-                plan = BackwardDqPlan(**common, **row._asdict())
-        except ValueError:
-            continue
+        plans = [
+            _backward_dq_plan(row, head_dim, head_dim_v, options)
+            for row in _rows_for(widest, BACKWARD_DQ_TILES[element])
+        ]
+    for plan in plans:
         if plan.shared_bytes <= card.shared_bytes:
             return plan
-    raise ValueError(f"no plan for {kernel}")
+    raise ValueError(
+        f"no backward kernel for head dims {head_dim} and {head_dim_v} of {element} fits in "
+        f"{card.shared_bytes} bytes of shared memory; the smallest takes {plans[-1].shared_bytes}"
+    )
+
+
+def _rows_for(head_dim: int, table: dict[int, list[Any]]) -> list[Any]:
+    """Rows of the narrowest head dim of a table that is wide enough."""
+    return next(rows for widest, rows in table.items() if head_dim <= widest)

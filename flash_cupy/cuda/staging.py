@@ -118,11 +118,8 @@ class StagedEngine:
         inputs["alibi_slopes"] = alibi_slopes
 
         def compute(part: Problem, x: dict[str, Array | None]) -> None:
-            self.engine.backward(
-                part,
-                *(x[name] for name in (*inputs, "dq", "dk", "dv")),
-                deterministic,
-            )
+            names = (*inputs, "dq", "dk", "dv")  # in the order of the parameters
+            self.engine.backward(part, *[x[name] for name in names], deterministic=deterministic)
 
         with full_gradients(problem, np.empty, dq, dk, dv) as grads:
             outputs = dict(zip(("dq", "dk", "dv"), grads, strict=True))

@@ -1,0 +1,70 @@
+"""Run a small set of calls under compute-sanitizer: its four tools, one after the other.
+
+    python tests/sanitize.py [tool ...]
+
+needs a GPU and compute-sanitizer on the PATH; the exit status is 1 if a tool reports anything.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def calls() -> None:
+    """Forward and both backward passes of each dtype, with ragged ends, masks and grouped heads."""
+    import cupy
+    import numpy as np
+    from ml_dtypes import bfloat16
+
+    import flash_cupy
+
+    # Each array is an allocation of its own, so that an access beyond its end shows.
+    cupy.cuda.set_allocator(None)
+    rng = np.random.default_rng(0)
+
+    def array(*shape: int, dtype: type) -> cupy.ndarray:
+        return cupy.asarray(rng.standard_normal(shape, np.float32).astype(dtype))
+
+    cases = [
+        # seqlen_q, seqlen_k, head_dim, head_dim_v, options
+        (130, 131, 64, 64, {"causal": True}),
+        (67, 200, 128, 128, {"window": (50, 20)}),
+        (100, 70, 59, 40, {"softcap": 2.0, "causal": True}),
+        (40, 65, 256, 256, {}),
+    ]
+    for dtype in (np.float16, bfloat16, np.float32, np.float64):
+        for seqlen_q, seqlen_k, head_dim, head_dim_v, options in cases:
+            q = array(2, seqlen_q, head_dim, dtype=dtype)
+            k = array(1, seqlen_k, head_dim, dtype=dtype)
+            v = array(1, seqlen_k, head_dim_v, dtype=dtype)
+            do = array(2, seqlen_q, head_dim_v, dtype=dtype)
+            o, lse = flash_cupy.attention_forward(q, k, v, **options)
+            for deterministic in (False, True):
+                grads = flash_cupy.attention_backward(
+                    do, q, k, v, o, lse, deterministic=deterministic, **options
+                )
+            assert all(np.isfinite(x.get().astype(np.float32)).all() for x in (o, *grads))
+    cupy.cuda.Device().synchronize()
+
+
+def main(tools: list[str]) -> int:
+    """Run the calls under each tool."""
+    failures = 0
+    for tool in tools or TOOLS:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        command += ["--kernel-regex", "kns=attention", "--kernel-regex", "kns=row_dots"]
+        command += ["--kernel-regex", "kns=store_dq"]
+        result = subprocess.run([*command, sys.executable, __file__, "--calls"])
+        print(f"{tool}: {'clean' if result.returncode == 0 else 'REPORTS ERRORS'}")
+        failures += result.returncode != 0
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--calls"]:
+        calls()
+    else:
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,333 @@
+"""What only a GPU can show: large problems, streams, graphs, other memory; and every head dim."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import Engine, gpu_engine
+from errors import assert_exact
+from strategies import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, make_case
+
+import flash_cupy
+from flash_cupy.gpu import why_no_gpu
+
+pytestmark = pytest.mark.skipif(why_no_gpu() is not None, reason=f"no GPU: {why_no_gpu()}")
+
+HEAD_DIMS = (1, 8, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
+SEQLEN_PAIRS = (
+    (1, 1),
+    (3, 513),
+    (64, 128),
+    (113, 203),
+    (239, 1),
+    (799, 3),
+    (1024, 1023),
+    (4224, 4224),
+)
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (100, 30)},
+    "causal window": {"causal": True, "window": (64, None)},
+    "softcap": {"causal": True, "softcap": 3.0},
+    "alibi": {"alibi": True, "causal": True},
+}
+
+
+@pytest.fixture
+def gpu() -> Engine:
+    return gpu_engine()
+
+
+def poison_pool() -> None:
+    """Leave NaN in the memory that the next arrays will be allocated from."""
+    import cupy
+
+    blocks = [cupy.full(1 << size, float("nan"), np.float64) for size in range(6, 24, 2)]
+    del blocks
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim(gpu: Engine, head_dim: int, dtype: np.dtype) -> None:
+    case = make_case((2,), 2, 1, 113, 203, head_dim, head_dim, dtype, head_dim, causal=True)
+    poison_pool()
+    assert_exact(case, gpu.run(case))
+    assert_exact(case, gpu.run(case, deterministic=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 32), (192, 128), (40, 256), (256, 59)])
+def test_other_head_dim_of_v(gpu: Engine, head_dim: int, head_dim_v: int, dtype: np.dtype) -> None:
+    case = make_case((), 2, 2, 203, 113, head_dim, head_dim_v, dtype, 1, window=(90, 20))
+    assert_exact(case, gpu.run(case))
+    assert_exact(case, gpu.run(case, deterministic=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("seqlens", SEQLEN_PAIRS, ids=str)
+def test_lengths_masks_and_grouped_heads(
+    gpu: Engine, seqlens: tuple[int, int], mask: str, dtype: np.dtype
+) -> None:
+    case = make_case((1,), 4, 2, *seqlens, 64, 64, dtype, seed=2, **MASKS[mask])
+    poison_pool()
+    assert_exact(case, gpu.run(case), gpu)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_grouped_heads(gpu: Engine, heads: int, kv_heads: int, deterministic: bool) -> None:
+    case = make_case((2,), heads, kv_heads, 200, 300, 128, 128, BFLOAT16, seed=3, causal=True)
+    assert_exact(case, gpu.run(case, deterministic=deterministic), gpu)
+
+
+def test_tf32_is_close(gpu: Engine) -> None:
+    """Rounded to 10 bits after the point, errors stay near 1e-3."""
+    case = make_case((2,), 4, 2, 300, 300, 64, 64, FLOAT32, seed=4, causal=True)
+    exact = gpu.run(case)
+    rounded = gpu.run(replace(case, options={**case.options, "precision": "tf32"}))
+    for x, y in zip(exact, rounded, strict=True):
+        error = abs(x - y).max() / abs(x).max()
+        assert 1e-6 < error < 4e-3
+
+
+def _random(shape: tuple[int, ...], dtype: np.dtype, seed: int = 0) -> Any:
+    import cupy
+
+    rng = cupy.random.default_rng(seed)
+    return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+
+def _forward_of_rows(q: Any, k: Any, v: Any, rows: slice) -> Any:
+    """The specification for some rows only, in float64."""
+    return flash_cupy.dense_attention(q[..., rows, :], k, v, dtype=np.float64)
+
+
+def test_a_million_keys() -> None:
+    """Inputs, outputs and O(N): 8 heads of 2^20 rows in bfloat16 take 8 GB in all."""
+    import cupy
+
+    q, k, v = (_random((8, 1 << 20, 128), BFLOAT16, seed) for seed in range(3))
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    # A window keeps the time short; a full row of keys is seen by the rows below.
+    o, lse = flash_cupy.attention_forward(q, k, v, window=(4096, 0))
+    assert pool.total_bytes() - before < 1.1 * (o.nbytes + lse.nbytes)
+    rows = slice((1 << 20) - 64, 1 << 20)
+    full = flash_cupy.attention(q[:1, rows], k[:1], v[:1])
+    expected = _forward_of_rows(q[:1], k[:1], v[:1], rows)
+    assert float(abs(full.astype(np.float64) - expected).max()) < 1e-4
+
+
+def test_more_than_2_31_elements() -> None:
+    """The last rows lie beyond 32-bit offsets."""
+    seqlen = (1 << 31) // 64 // 64 + 1000
+    q = _random((64, seqlen, 64), FLOAT16)
+    assert q.size > 1 << 31
+    o, lse = flash_cupy.attention_forward(q, q, q, window=(100, 0))
+    tail = q[-1:, -1000:]
+    expected, expected_lse = flash_cupy.attention_forward(tail, tail, tail, window=(100, 0))
+    np.testing.assert_array_equal(o[-1:, -500:].get(), expected[:, -500:].get())
+    np.testing.assert_array_equal(lse[-1:, -500:].get(), expected_lse[:, -500:].get())
+
+
+def test_more_heads_than_a_grid_axis_has_blocks(gpu: Engine) -> None:
+    case = make_case((300,), 256, 256, 3, 5, 16, 16, FLOAT16, seed=5, causal=True)
+    assert 300 * 256 > 65_535
+    assert_exact(case, gpu.run(case))
+
+
+def test_many_batch_axes(gpu: Engine) -> None:
+    """Axes in an order that no single stride can walk."""
+    case = make_case((2, 3, 2), 2, 1, 33, 40, 16, 16, FLOAT32, seed=6, causal=True)
+
+    def scattered(xp: Any, x: Any) -> Any:
+        order = (2, 0, 1, *range(3, x.ndim))
+        return xp.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order).tolist())
+
+    for x, y in zip(
+        gpu.run(case, scattered, deterministic=True),
+        gpu.run(case, deterministic=True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_another_stream() -> None:
+    """The call waits for nothing and nothing but its stream waits for it."""
+    import cupy
+
+    q = _random((4, 1000, 64), FLOAT16)
+    expected = flash_cupy.attention(q, q, q, causal=True)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        late = q * 1
+        o = flash_cupy.attention(late, late, late, causal=True)
+    stream.synchronize()
+    np.testing.assert_array_equal(o.get(), expected.get())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cuda_graph(deterministic: bool) -> None:
+    """Capture forward and backward, then replay them on other numbers."""
+    import cupy
+
+    q, k, v, do = (_random((2, 4, 300, 64), BFLOAT16, seed) for seed in range(4))
+
+    def step() -> tuple[Any, ...]:
+        o, lse = flash_cupy.attention_forward(q, k, v, causal=True)
+        grads = flash_cupy.attention_backward(
+            do, q, k, v, o, lse, causal=True, deterministic=deterministic
+        )
+        return (o, lse, *grads)
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        step()  # compiles
+        stream.begin_capture()
+        captured = step()
+        graph = stream.end_capture()
+        q[...] = q[..., ::-1, :].copy()
+        expected = [x.copy() for x in step()]
+        for x in captured:
+            x[...] = float("nan")
+        graph.launch()
+    stream.synchronize()
+    for x, y in zip(captured, expected, strict=True):
+        x, y = x.get().astype(np.float64), y.get().astype(np.float64)
+        if deterministic:
+            np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_allclose(x, y, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_thousand_equal_results(dtype: np.dtype) -> None:
+    """Forward and deterministic backward, while another stream keeps the GPU busy."""
+    import cupy
+
+    q, k, v, do = (_random((2, 2, 517, 64), dtype, seed) for seed in range(4))
+    o, lse = flash_cupy.attention_forward(q, k, v, causal=True)
+    first = flash_cupy.attention_backward(do, q, k, v, o, lse, causal=True, deterministic=True)
+    load = cupy.cuda.Stream(non_blocking=True)
+    busy = cupy.ones((2048, 2048), np.float32)
+    different = cupy.zeros((), np.int64)
+    for _ in range(1000):
+        with load:
+            busy @ busy
+        again = flash_cupy.attention_backward(do, q, k, v, o, lse, causal=True, deterministic=True)
+        different += (flash_cupy.attention(q, k, v, causal=True) != o).sum()
+        for x, y in zip(again, first, strict=True):
+            different += (x != y).sum()
+    assert int(different) == 0
+
+
+def test_default_backward_differs_by_rounding_only() -> None:
+    """dK and dV are bit-equal in a hundred runs; dQ is summed in a free order."""
+    q, k, v, do = (_random((2, 2, 1030, 64), FLOAT32, seed) for seed in range(4))
+    o, lse = flash_cupy.attention_forward(q, k, v)
+    dq, dk, dv = flash_cupy.attention_backward(do, q, k, v, o, lse)
+    for _ in range(100):
+        dq2, dk2, dv2 = flash_cupy.attention_backward(do, q, k, v, o, lse)
+        assert bool((dk2 == dk).all()) and bool((dv2 == dv).all())
+        assert float(abs(dq2 - dq).max()) < 1e-6 * float(abs(dq).max()) * 10
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [1 << 10, 1 << 16, 64 << 20])
+def test_numpy_arrays_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, options: dict, chunk_bytes: int
+) -> None:
+    """In chunks of a head, a few heads, or all of it; with broadcasting, GQA and slopes."""
+    monkeypatch.setattr("flash_cupy.cuda.staging.CHUNK_BYTES", chunk_bytes)
+    case = make_case((3,), 4, 2, 97, 130, 32, 40, FLOAT32, seed=7, alibi=True, **options)
+    shared = replace(case, v=case.v[0])
+    staged = Engine("staged", np, lambda x: x, lambda x: x, {"device": "gpu"})
+    for got in (staged.run(case), staged.run(case, deterministic=True)):
+        assert all(isinstance(x, np.ndarray) for x in got)
+        assert_exact(case, got)
+    assert_exact(shared, staged.run(shared))
+
+
+def test_user_set_allocator() -> None:
+    """All memory comes from CuPy's current allocator."""
+    import cupy
+
+    q = _random((2, 300, 64), FLOAT64)
+    pool = cupy.cuda.MemoryPool()
+    with cupy.cuda.using_allocator(pool.malloc):
+        o, lse = flash_cupy.attention_forward(q, q, q)
+        used = pool.used_bytes()
+        flash_cupy.attention_backward(o, q, q, q, o, lse)
+    assert used >= o.nbytes + lse.nbytes
+    assert pool.total_bytes() > used
+
+
+def test_second_gpu() -> None:
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("one GPU")
+    q = _random((2, 300, 64), FLOAT16)
+    expected = flash_cupy.attention(q, q, q).get()
+    with cupy.cuda.Device(1):
+        other = cupy.asarray(q.get())
+        np.testing.assert_array_equal(flash_cupy.attention(other, other, other).get(), expected)
+    with pytest.raises(ValueError, match=r"q: got an array on GPU 1, takes arrays on the current"):
+        flash_cupy.attention(other, other, other)
+
+
+def test_mixture_of_libraries() -> None:
+    q = _random((4, 8), FLOAT32)
+    with pytest.raises(TypeError, match=r"got a mixture \(q cupy, k numpy, v cupy\)"):
+        flash_cupy.attention(q, q.get(), q)
+    with pytest.raises(TypeError, match=r"do: got a numpy array, takes a cupy array"):
+        o, lse = flash_cupy.attention_forward(q, q, q)
+        flash_cupy.attention_backward(o.get(), q, q, q, o, lse)
+    with pytest.raises(ValueError, match=r"device: got 'cpu' with CuPy arrays"):
+        flash_cupy.attention(q, q, q, device="cpu")
+    wide = _random((4, 257), FLOAT32)
+    with pytest.raises(ValueError, match=r"q: got head dim 257, takes at most 256 on the GPU"):
+        flash_cupy.attention(wide, wide, q)
+
+
+def test_error_no_worse_than_twice_dense_in_16_bit(gpu: Engine) -> None:
+    """Dense attention as one writes it with CuPy: every matrix rounded to the arrays' dtype."""
+    import cupy
+
+    for dtype in (FLOAT16, BFLOAT16):
+        q, k, v = (_random((4, 2048, 128), dtype, seed) for seed in range(3))
+        s = (q.astype(np.float32) @ k.astype(np.float32).swapaxes(-1, -2)).astype(dtype)
+        s = s.astype(np.float32) / np.float32(np.sqrt(128))
+        p = cupy.exp(s - s.max(axis=-1, keepdims=True))
+        p = (p / p.sum(axis=-1, keepdims=True)).astype(dtype)
+        dense = (p.astype(np.float32) @ v.astype(np.float32)).astype(dtype)
+        exact = flash_cupy.dense_attention(q, k, v, dtype=np.float64)
+        error, allowed = (
+            float(cupy.sqrt(((x.astype(np.float64) - exact) ** 2).mean()))
+            for x in (flash_cupy.attention(q, k, v), dense)
+        )
+        assert error <= 2 * allowed
+
+
+def test_compile_ahead_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    flash_cupy.compile([(40, 64), 32], FLOAT16, softcap=True, progress=False)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(cupy, "RawModule", refuse)
+    for head_dim, head_dim_v in ((40, 64), (32, 32)):
+        q = _random((2, 100, head_dim), FLOAT16)
+        v = _random((2, 100, head_dim_v), FLOAT16)
+        for options in ({}, {"causal": True}):
+            o, lse = flash_cupy.attention_forward(q, q, v, softcap=3.0, **options)
+            flash_cupy.attention_backward(o, q, q, v, o, lse, softcap=3.0, **options)
