@@ -25,7 +25,7 @@ OPTIONS = ("-std=c++17",)
 
 @cache
 def kernel_folder() -> Path:
-    """Return the folder of the kernels' sources: inside the package if installed, else beside it."""
+    """Return the folder of the kernels' sources: in the package if installed, else beside it."""
     package = Path(__file__).resolve().parent.parent
     candidates = (package / "kernels_cu", package.parent / "kernels_cu")
     for folder in candidates:

@@ -129,9 +129,7 @@ def make_launch(
         alibi="alibi_slopes" in tensors,
         sum_dq="dq_sum" in tensors,
     )
-    return Launch(
-        kernel, plan, plan.blocks(problem), fill_params(problem, tensors), tuple(tensors)
-    )
+    return Launch(kernel, plan, plan.blocks(problem), fill_params(problem, tensors), tuple(tensors))
 
 
 @contextmanager

@@ -31,6 +31,11 @@ class Card(NamedTuple):
     compute_capability: tuple[int, int]
     shared_bytes: int  # that one block can have
 
+    def holds(self, blocks: int, shared_bytes: int) -> bool:
+        """Whether a multiprocessor has shared memory for so many blocks of so many bytes."""
+        reserved = 1024  # by the system, for every block
+        return blocks * (shared_bytes + reserved) <= self.shared_bytes + reserved
+
 
 def padded_head_dim(head_dim: int) -> int:
     """Return the head dim that a kernel for `head_dim` is compiled for."""
@@ -334,13 +339,14 @@ class ForwardTiles(NamedTuple):
     dim_v_group: int = 16
 
 
-# By element and largest head dim; of each list the first row that fits the card's shared memory.
+# By element and largest head dim; of each list the first row of which blocks_per_sm blocks fit in
+# a multiprocessor's shared memory, or else the first of which one does.
 _FORWARD_16BIT = {
     32: [ForwardTiles(128, 64, 4, 2, 2)],
     64: [ForwardTiles(128, 64, 4, 2, 2), ForwardTiles(128, 64, 4, 1, 2)],
-    96: [ForwardTiles(128, 64, 4, 1, 2)],
-    128: [ForwardTiles(128, 64, 4, 1, 2)],
-    160: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
+    96: [ForwardTiles(128, 64, 4, 1, 2), ForwardTiles(128, 32, 4, 1, 2)],
+    128: [ForwardTiles(128, 64, 4, 1, 2, dim_unroll=2), ForwardTiles(128, 64, 8, 1, 1)],
+    160: [ForwardTiles(128, 64, 8, 1, 1)],
     192: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
     256: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
 }
@@ -349,18 +355,32 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
     "bfloat16": _FORWARD_16BIT,
     "tensorfloat32": {
         32: [ForwardTiles(128, 64, 4, 1, 2)],
-        64: [ForwardTiles(128, 64, 4, 1, 2)],
-        96: [ForwardTiles(128, 32, 4, 1, 2)],
-        128: [ForwardTiles(128, 32, 4, 1, 2)],
+        64: [ForwardTiles(128, 64, 4, 1, 2), ForwardTiles(64, 32, 4, 1, 2)],
+        96: [ForwardTiles(128, 32, 4, 1, 2), ForwardTiles(128, 32, 8, 1, 1)],
+        128: [
+            ForwardTiles(128, 32, 4, 1, 2),
+            ForwardTiles(64, 32, 4, 1, 2),
+            ForwardTiles(128, 32, 8, 1, 1),
+        ],
         160: [ForwardTiles(64, 32, 4, 1, 1)],
         192: [ForwardTiles(64, 32, 4, 1, 1)],
         256: [ForwardTiles(64, 32, 4, 1, 1), ForwardTiles(64, 16, 4, 1, 1)],
     },
     "float": {
         32: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
-        64: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
-        96: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
-        128: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
+        64: [
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+        ],
+        96: [
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
+        ],
+        128: [
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
+        ],
         160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
         192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
         256: [
@@ -370,9 +390,13 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
     },
     "double": {
         32: [ForwardTiles(64, 32, 4, 1, 2)],
-        64: [ForwardTiles(64, 32, 4, 1, 2)],
-        96: [ForwardTiles(64, 16, 4, 1, 2)],
-        128: [ForwardTiles(64, 16, 4, 1, 2)],
+        64: [ForwardTiles(64, 32, 4, 1, 2), ForwardTiles(64, 32, 4, 1, 1)],
+        96: [ForwardTiles(64, 16, 4, 1, 2), ForwardTiles(64, 16, 4, 1, 1)],
+        128: [
+            ForwardTiles(64, 16, 4, 1, 2),
+            ForwardTiles(128, 16, 8, 1, 1),
+            ForwardTiles(64, 16, 4, 1, 1),
+        ],
         160: [ForwardTiles(64, 16, 4, 1, 1), ForwardTiles(32, 16, 2, 1, 1)],
         192: [ForwardTiles(64, 16, 4, 1, 1), ForwardTiles(32, 16, 2, 1, 1)],
         256: [
@@ -439,9 +463,10 @@ def plan_forward(
         )
         for row in rows
     ]
-    for plan in plans:
-        if plan.shared_bytes <= card.shared_bytes:
-            return plan
+    for blocks in (lambda plan: plan.blocks_per_sm, lambda plan: 1):
+        for plan in plans:
+            if card.holds(blocks(plan), plan.shared_bytes):
+                return plan
     raise ValueError(
         f"no kernel for head dims {head_dim} and {head_dim_v} of {element} fits in "
         f"{card.shared_bytes} bytes of shared memory; the smallest takes {plans[-1].shared_bytes}"
@@ -560,10 +585,10 @@ _BACKWARD_DQ_16BIT = {
     256: [BackwardDqTiles(128, 64, 8, 1), BackwardDqTiles(64, 32, 4, 1)],
 }
 _BACKWARD_DQ_32BIT = {
-    64: [BackwardDqTiles(128, 32, 4, 1, 2, unroll=1)],
+    64: [BackwardDqTiles(128, 16, 4, 2, 2, unroll=1)],
     96: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
     128: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
-    192: [BackwardDqTiles(64, 32, 4, 1, unroll=1), BackwardDqTiles(32, 16, 2, 1, unroll=1)],
+    192: [BackwardDqTiles(64, 16, 4, 1, unroll=1), BackwardDqTiles(32, 16, 2, 1, unroll=1)],
     256: [
         BackwardDqTiles(64, 32, 4, 1, unroll=1),
         BackwardDqTiles(64, 16, 4, 1, unroll=1),

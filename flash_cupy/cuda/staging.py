@@ -91,9 +91,7 @@ class StagedEngine:
         inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
 
         def compute(part: Problem, x: dict[str, Array | None]) -> None:
-            self.engine.forward(
-                part, x["q"], x["k"], x["v"], x["alibi_slopes"], x["o"], x["lse"]
-            )
+            self.engine.forward(part, x["q"], x["k"], x["v"], x["alibi_slopes"], x["o"], x["lse"])
 
         _run_in_chunks(problem, inputs, {"o": o, "lse": lse}, compute)
 
@@ -118,8 +116,21 @@ class StagedEngine:
         inputs["alibi_slopes"] = alibi_slopes
 
         def compute(part: Problem, x: dict[str, Array | None]) -> None:
-            names = (*inputs, "dq", "dk", "dv")  # in the order of the parameters
-            self.engine.backward(part, *[x[name] for name in names], deterministic=deterministic)
+            self.engine.backward(
+                part,
+                x["do"],
+                x["q"],
+                x["k"],
+                x["v"],
+                x["o"],
+                x["lse"],
+                x["dlse"],
+                x["alibi_slopes"],
+                x["dq"],
+                x["dk"],
+                x["dv"],
+                deterministic,
+            )
 
         with full_gradients(problem, np.empty, dq, dk, dv) as grads:
             outputs = dict(zip(("dq", "dk", "dv"), grads, strict=True))
