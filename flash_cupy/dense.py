@@ -184,13 +184,21 @@ def _dense(
             slopes = to_device(alibi_slopes, problem.device).astype(dtype)
             s = s - slopes[..., None, None] * abs(distance).astype(dtype)
         s = xp.where(visible, s, -xp.inf)
-        m = s.max(axis=-1, keepdims=True, initial=-xp.inf)
-        m = xp.where(m == -xp.inf, 0, m)  # rows that see no key
+        m = _row_max(s)
         p = xp.exp(s - m)
         total = p.sum(axis=-1, keepdims=True)
         lse = (m + xp.log(total))[..., 0]
         p = p / xp.where(total == 0, 1, total)
     return _Dense(q, k, v, p, lse, visible, ds_factor)
+
+
+def _row_max(s: Array) -> Array:
+    """Largest score of each row; 0 in rows that see no key, for which any number would do."""
+    xp = namespace(s)
+    if s.shape[-1] == 0:
+        return xp.zeros((*s.shape[:-1], 1), s.dtype)
+    m = s.max(axis=-1, keepdims=True)
+    return xp.where(m == -xp.inf, 0, m)
 
 
 def _sum_groups(problem: Problem, x: Array) -> Array:

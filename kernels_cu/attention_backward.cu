@@ -102,6 +102,7 @@ struct Backward {
     const int32 first_key;  // of the block
     const uint32 shared;
     Score<Config, Real> score;
+    bool k_nonfinite = false;  // a non-finite value of K must be kept from queries' dQ
 
     Accumulator<Real> dk[KEY_BLOCKS][DIM_BLOCKS];
     Accumulator<Real> dv[KEY_BLOCKS][DIM_BLOCKS_V];
@@ -126,6 +127,9 @@ struct Backward {
         const int32 last = min(first + Config::TILE_N, params.seqlen_k) - 1;
         return visible_tiles(score.band.transposed(), first, last, Config::TILE_M,
                              params.seqlen_q);
+    }
+    DEVICE bool keys_exist() const {  // all of the block's
+        return first_key + Config::TILE_N <= params.seqlen_k;
     }
     DEVICE int warp_index() const {
         return recompute_from(threadIdx.x) / WARP;
@@ -309,19 +313,17 @@ struct Backward {
 
         if constexpr (P_IN_REGISTERS || Config::STAGES == 1) __syncthreads();
         if (Config::STAGES == 1 && has_next) load_queries(next, stage);
-        if constexpr (Config::SUM_DQ) sum_dq(place, nonfinite);
+        if constexpr (Config::SUM_DQ) sum_dq(place, partial && k_nonfinite);
     }
 
     // Takes non-finite values out of the tiles of weighted rows; whether there are any.
     DEVICE bool remove_nonfinites(int stage) const {
-        if (!any_nonfinite<Config::THREADS>(q_tile(stage)) &&
-            !any_nonfinite<Config::THREADS>(do_tile(stage)) &&
-            !(Config::SUM_DQ && any_nonfinite<Config::THREADS>(k_tile()))) {
+        if (!any_nonfinite<Config::THREADS>(q_tile(stage), do_tile(stage)) && !k_nonfinite) {
             return false;
         }
         remove_nonfinite<Config::THREADS>(q_tile(stage));
         remove_nonfinite<Config::THREADS>(do_tile(stage));
-        if constexpr (Config::SUM_DQ) remove_nonfinite<Config::THREADS>(k_tile());
+        if (k_nonfinite) remove_nonfinite<Config::THREADS>(k_tile());
         return true;
     }
 
@@ -381,21 +383,26 @@ struct Backward {
     DEVICE void walk_queries() {
         const TileRange first = query_tiles();
         if (first.begin == first.end) return;
+        const bool all_full =
+            keys_exist() && first.full_begin <= first.begin && first.full_end >= first.end;
 
         store_origins();
         Place place = {0, first.begin};
         load_k();
         load_v();
         load_queries(place, 0);
+        if (Config::SUM_DQ && !all_full) {
+            finish_loads();
+            k_nonfinite = any_nonfinite<Config::THREADS>(k_tile());
+        }
         for (int stage = 0; place.head < params.group; stage = (stage + 1) % Config::STAGES) {
             const TileRange tiles = query_tiles();
-            const bool keys_exist = first_key + Config::TILE_N <= params.seqlen_k;
             Place next = {place.head, place.tile + 1};
             if (next.tile == tiles.end) next = {place.head + 1, tiles.begin};
             if constexpr (Config::ALIBI) {
                 if (place.tile == tiles.begin) score = {params, query_head(place.head)};
             }
-            step(place, next, stage, !keys_exist || !tiles.is_full(place.tile));
+            step(place, next, stage, !keys_exist() || !tiles.is_full(place.tile));
             place = next;
         }
     }

@@ -48,15 +48,21 @@ DEVICE bool has_nonfinite(const Chunk& chunk) {
     return found;
 }
 
-// Whether a tile holds a non-finite value: a vote, and barrier, of the whole block.
+// Whether this thread's part of a tile holds a non-finite value.
 template <int THREADS, class Tile>
-DEVICE bool any_nonfinite(Tile tile) {
+DEVICE bool finds_nonfinite(Tile tile) {
     bool found = false;
     CopyShape<Tile, THREADS, CHUNK_BYTES>().for_each([&](int row, int byte) {
         found |= has_nonfinite<typename Tile::Element>(
             load_shared<Chunk>(tile.at(row, 0) + byte));
     });
-    return __syncthreads_or(found);
+    return found;
+}
+
+// Whether one of the tiles holds a non-finite value: a vote, and barrier, of the whole block.
+template <int THREADS, class... Tiles>
+DEVICE bool any_nonfinite(Tiles... tiles) {
+    return __syncthreads_or((finds_nonfinite<THREADS>(tiles) || ...));
 }
 
 // Sets the non-finite values of a tile to 0. All threads of the block take part, a barrier follows.

@@ -589,11 +589,7 @@ _BACKWARD_DQ_32BIT = {
     96: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
     128: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
     192: [BackwardDqTiles(64, 16, 4, 1, unroll=1), BackwardDqTiles(32, 16, 2, 1, unroll=1)],
-    256: [
-        BackwardDqTiles(64, 32, 4, 1, unroll=1),
-        BackwardDqTiles(64, 16, 4, 1, unroll=1),
-        BackwardDqTiles(32, 16, 2, 1, unroll=1),
-    ],
+    256: [BackwardDqTiles(64, 16, 4, 1, unroll=1), BackwardDqTiles(32, 16, 2, 1, unroll=1)],
 }
 BACKWARD_DQ_TILES: dict[str, dict[int, list[BackwardDqTiles]]] = {
     "float16": _BACKWARD_DQ_16BIT,

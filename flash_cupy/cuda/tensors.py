@@ -106,15 +106,14 @@ def fill_params(problem: Problem, tensors: Mapping[str, Array]) -> NDArray[Any]:
 
 
 def access_bytes(tensors: Mapping[str, Array], addresses: int) -> int:
-    """Return the widest access, in bytes, that every row of q, k, v, o and their gradients allows.
+    """Return the widest access, in bytes, that divides every row of q, k, v, o and their gradients.
 
-    ``addresses`` is the bitwise or of their addresses.
+    A row's address and its length both count. ``addresses`` is the bitwise or of the tensors'.
     """
-    steps = [
-        s
-        for name, x in tensors.items()
-        if name in _OF_Q_DTYPE
-        for s, n in zip(x.strides[:-1], x.shape[:-1], strict=True)
-        if n > 1
-    ]
-    return math.gcd(WIDEST_ACCESS, addresses, *steps)
+    sizes = [addresses]
+    for name in _OF_Q_DTYPE:
+        if name in tensors:
+            x = tensors[name]
+            sizes.append(x.shape[-1] * x.itemsize)
+            sizes += [s for s, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1]
+    return math.gcd(WIDEST_ACCESS, *sizes)
