@@ -572,7 +572,7 @@ BACKWARD_TILES: dict[str, dict[int, list[BackwardTiles]]] = {
             BackwardTiles(16, 16, 4, 1, 1, 1, unroll=1),
         ],
         256: [
-            BackwardTiles(32, 16, 4, 1, 2, 1, unroll=1),
+            BackwardTiles(32, 16, 8, 1, 2, 1, unroll=1),
             BackwardTiles(16, 16, 4, 1, 1, 1, unroll=1),
         ],
     },
