@@ -32,10 +32,10 @@ def kind_of(name: str, x: Array) -> Kind:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         current = cupy.cuda.runtime.getDevice()
-        if x.device.id != current:
+        if x.data.device_id != current:
             raise ValueError(
-                f"{name}: got an array on GPU {x.device.id}, takes arrays on the current device, "
-                f"GPU {current} (see cupy.cuda.Device)"
+                f"{name}: got an array on GPU {x.data.device_id}, takes arrays on the current "
+                f"device, GPU {current} (see cupy.cuda.Device)"
             )
         return "cupy"
     raise TypeError(
@@ -46,11 +46,11 @@ def kind_of(name: str, x: Array) -> Kind:
 
 def common_kind(named: dict[str, Array]) -> Kind:
     """Return the one library that all the arrays are of."""
-    kinds = {name: kind_of(name, x) for name, x in named.items()}
-    if len(set(kinds.values())) > 1:
-        got = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+    kinds = [kind_of(name, x) for name, x in named.items()]
+    if len(set(kinds)) > 1:
+        got = ", ".join(f"{name} {kind}" for name, kind in zip(named, kinds, strict=True))
         raise TypeError(f"{', '.join(named)}: got a mixture ({got}), takes arrays of one library")
-    return next(iter(kinds.values()))
+    return kinds[0]
 
 
 def namespace(x: Array) -> ModuleType:

@@ -95,7 +95,7 @@ def attention(
     """
     options = Options(causal, window, scale, softcap, alibi_slopes, device, precision)
     problem = Problem.of(q, k, v, options)
-    return _forward(problem, q, k, v, alibi_slopes, (out, None))[0]
+    return _forward(problem, q, k, v, alibi_slopes, None if out is None else (out, None))[0]
 
 
 def attention_forward(
@@ -252,7 +252,7 @@ def attention_vjp(
     """
     options = Options(causal, window, scale, softcap, alibi_slopes, device, precision)
     problem = Problem.of(q, k, v, options)
-    o, lse = _forward(problem, q, k, v, alibi_slopes, (out, None))
+    o, lse = _forward(problem, q, k, v, alibi_slopes, None if out is None else (out, None))
 
     def backprop(do: Array) -> tuple[Array, Array, Array]:
         return _backward(problem, do, q, k, v, alibi_slopes, o, lse)
@@ -268,9 +268,13 @@ def _forward(
     alibi_slopes: Array | None,
     out: tuple[Array | None, Array | None] | None,
 ) -> tuple[Array, Array]:
-    inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
-    shapes = {"o": problem.o_shape, "lse": problem.lse_shape}
-    o, lse = _outputs(problem, out, shapes, inputs)
+    if out is None:  # the usual case, without the bookkeeping of the other
+        new = namespace(q).ndarray
+        o, lse = new(problem.o_shape, problem.dtype), new(problem.lse_shape, problem.compute_dtype)
+    else:
+        inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
+        shapes = {"o": problem.o_shape, "lse": problem.lse_shape}
+        o, lse = _outputs(problem, out, shapes, inputs)
     if problem.empty:
         o[...], lse[...] = 0, -np.inf
     else:

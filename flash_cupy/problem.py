@@ -11,7 +11,7 @@ import math
 import numbers
 import operator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,14 +39,6 @@ class Options(NamedTuple):
     alibi_slopes: Array | None = None
     device: Device | None = None
     precision: Precision | None = None
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a check needs to know of an array."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: `Problem.of` keeps one for equal calls
@@ -87,46 +79,47 @@ class Problem:
         ValueError
             Shapes that do not fit, options out of range, a device that is not there.
         """
+        causal, window, scale, softcap, slopes, device, precision = options
         named = {"q": q, "k": k, "v": v}
-        slopes = options.alibi_slopes
         if slopes is not None:
             named["alibi_slopes"] = slopes
-        kind = arrays.common_kind(named)
-        return _problem(
-            kind,
-            _resolve_device(kind, options.device),
-            Spec(q.shape, q.dtype),
-            Spec(k.shape, k.dtype),
-            Spec(v.shape, v.dtype),
-            check_flag("causal", options.causal),
-            _check_window(options.window),
-            _check_number("scale", options.scale, "a finite number >= 0"),
-            _check_number("softcap", options.softcap, "a finite number > 0", positive=True),
-            None if slopes is None else Spec(slopes.shape, slopes.dtype),
-            _check_precision(options.precision),
+        call = (
+            arrays.common_kind(named),
+            device,
+            *(q.shape, q.dtype, k.shape, k.dtype, v.shape, v.dtype),
+            causal,
+            _check_window(window),
+            scale,
+            softcap,
+            *((None, None) if slopes is None else (slopes.shape, slopes.dtype)),
+            precision,
         )
+        try:
+            return _problem(*call)
+        except TypeError:  # an option that cannot be looked up, or an error of the check itself
+            return _problem.__wrapped__(*call)
 
-    @property
+    @cached_property
     def empty(self) -> bool:
         """Whether there is no pair of a row and a key at all, and so nothing to compute."""
         return 0 in (*self.batch, self.heads, self.seqlen_q, self.seqlen_k)
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.heads // max(self.kv_heads, 1)
 
-    @property
+    @cached_property
     def compute_dtype(self) -> np.dtype[Any]:
         """Dtype of L, D and of the sums: float64 for float64, float32 for all else."""
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
-    @property
+    @cached_property
     def rows_shape(self) -> tuple[int, ...]:
         """Batch axes, heads and rows of o, with the head axis even where o has none."""
         return (*self.batch, self.heads, self.seqlen_q)
 
-    @property
+    @cached_property
     def lse_shape(self) -> tuple[int, ...]:
         """One log-sum-exp for each row of o."""
         return self.o_shape[:-1]
@@ -205,34 +198,41 @@ class Problem:
             raise ValueError(f"{label}: got shape {x.shape}, takes {shape}")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)  # typed, or else 1 would pass for True after a call with True
 def _problem(
     kind: arrays.Kind,
-    device: Device,
-    q: Spec,
-    k: Spec,
-    v: Spec,
+    device: Device | None,
+    q: tuple[int, ...],
+    q_dtype: np.dtype[Any],
+    k: tuple[int, ...],
+    k_dtype: np.dtype[Any],
+    v: tuple[int, ...],
+    v_dtype: np.dtype[Any],
     causal: bool,
     window: Window,
     scale: float | None,
     softcap: float | None,
-    slopes: Spec | None,
+    slopes: tuple[int, ...] | None,
+    slopes_dtype: np.dtype[Any] | None,
     precision: Precision | None,
 ) -> Problem:
-    """Check dtypes and shapes, which depend on nothing but the arguments given here."""
-    dtype = _check_dtypes({"q": q, "k": k, "v": v})
-    if precision is not None and dtype != np.float32:
-        raise ValueError(f"precision: got {precision!r} for {dtype}, takes None there")
-    _check_axes(q.shape, k.shape, v.shape)
+    """Check all that depends on nothing but the arguments given here: of arrays, their shapes."""
+    device = _resolve_device(kind, device)
+    dtype = _check_dtypes({"q": q_dtype, "k": k_dtype, "v": v_dtype})
+    causal = check_flag("causal", causal)
+    scale = _check_number("scale", scale, "a finite number >= 0")
+    softcap = _check_number("softcap", softcap, "a finite number > 0", positive=True)
+    precision = _check_precision(precision, dtype)
+    _check_axes(q, k, v)
     if device == "gpu":
-        _check_head_dims(q.shape, v.shape)
-    seqlen_q, head_dim = q.shape[-2:]
-    seqlen_k, head_dim_v = v.shape[-2:]
-    heads, kv_heads = _check_heads(q.shape, k.shape, v.shape)
-    batch = _check_batch(q.shape, k.shape, v.shape)
+        _check_head_dims(q, v)
+    seqlen_q, head_dim = q[-2:]
+    seqlen_k, head_dim_v = v[-2:]
+    heads, kv_heads = _check_heads(q, k, v)
+    batch = _check_batch(q, k, v)
     if slopes is not None:
-        _check_slopes(slopes, (*batch, heads))
-    one_head = len(q.shape) == len(k.shape) == len(v.shape) == 2
+        _check_slopes(slopes, slopes_dtype, (*batch, heads))
+    one_head = len(q) == len(k) == len(v) == 2
     o_shape = (*(() if one_head else (*batch, heads)), seqlen_q, head_dim_v)
     return Problem(
         kind=kind,
@@ -253,17 +253,17 @@ def _problem(
     )
 
 
-def _check_dtypes(named: dict[str, Spec]) -> np.dtype[Any]:
-    for name, x in named.items():
-        if x.dtype not in arrays.dtypes():
+def _check_dtypes(named: dict[str, np.dtype[Any]]) -> np.dtype[Any]:
+    for name, dtype in named.items():
+        if dtype not in arrays.dtypes():
             raise TypeError(
-                f"{name}: got dtype {x.dtype}, takes float16, bfloat16 (ml_dtypes), float32 or "
+                f"{name}: got dtype {dtype}, takes float16, bfloat16 (ml_dtypes), float32 or "
                 "float64 in native byte order"
             )
-    if len({x.dtype for x in named.values()}) > 1:
-        got = ", ".join(f"{name} {x.dtype}" for name, x in named.items())
+    if len(set(named.values())) > 1:
+        got = ", ".join(f"{name} {dtype}" for name, dtype in named.items())
         raise TypeError(f"q, k and v: got mixed dtypes ({got}), takes one dtype for all three")
-    return next(iter(named.values())).dtype
+    return next(iter(named.values()))
 
 
 def _check_axes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
@@ -324,13 +324,15 @@ def _check_batch(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> 
         ) from None
 
 
-def _check_slopes(slopes: Spec, lead: tuple[int, ...]) -> None:
-    if slopes.dtype not in (np.float32, np.float64):
-        raise TypeError(f"alibi_slopes: got dtype {slopes.dtype}, takes float32 or float64")
+def _check_slopes(
+    slopes: tuple[int, ...], dtype: np.dtype[Any] | None, lead: tuple[int, ...]
+) -> None:
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"alibi_slopes: got dtype {dtype}, takes float32 or float64")
     heads = lead[-1:]
-    if slopes.shape not in (heads, lead):
+    if slopes not in (heads, lead):
         raise ValueError(
-            f"alibi_slopes: got shape {slopes.shape}, takes (H,) = {heads} or (*batch, H) = {lead}"
+            f"alibi_slopes: got shape {slopes}, takes (H,) = {heads} or (*batch, H) = {lead}"
         )
 
 
@@ -375,10 +377,12 @@ def _check_number(
     return number
 
 
-def _check_precision(precision: Precision | None) -> Precision | None:
+def _check_precision(precision: Precision | None, dtype: np.dtype[Any]) -> Precision | None:
     if precision not in (None, "tf32"):
         error = ValueError if isinstance(precision, str) else TypeError
         raise error(f"precision: got {precision!r}, takes None or 'tf32'")
+    if precision is not None and dtype != np.float32:
+        raise ValueError(f"precision: got {precision!r} for {dtype}, takes None there")
     return precision
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import gpu_report
 import hypothesis
@@ -36,7 +37,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
 
 
 @pytest.fixture(scope="session")
-def host_cuda_engine() -> CudaEngine:
+def host_cuda_engine() -> Iterator[CudaEngine]:
     """The CUDA engine with a simulated device in place of a GPU."""
     from host.device import missing_compiler
     from host.machine import HostMachine
@@ -44,7 +45,9 @@ def host_cuda_engine() -> CudaEngine:
     reason = missing_compiler()
     if reason is not None:
         pytest.skip(reason)
-    return CudaEngine(HostMachine())
+    machine = HostMachine()
+    yield CudaEngine(machine)
+    machine.host.close()
 
 
 @pytest.fixture

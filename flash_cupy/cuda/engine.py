@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import numpy as np
 from ..arrays import Array, address, namespace, sum_to
 from ..problem import Problem
 from .launch import Launch, Machine
-from .plan import Card, padded_head_dim, plan_kernel
+from .plan import padded_head_dim, plan_kernel
 from .tensors import WIDEST_ACCESS, access_bytes, fill_params
 
 Tensors = dict[str, Array]
@@ -38,9 +36,10 @@ class CudaEngine:
         lse: Array,
     ) -> None:
         """Compute the output O and the log-sum-exp L into o and lse."""
-        tensors = self._inputs(problem, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
-        with self._outputs(o=o) as outputs:
-            self._run("attention_forward", problem, {**tensors, **outputs, "lse": lse})
+        tensors = self._inputs(problem, {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes})
+        tensors |= {"o": self._writable(o), "lse": lse}
+        self._run("attention_forward", problem, tensors)
+        _bring(tensors, o=o)
 
     def backward(
         self,
@@ -59,9 +58,10 @@ class CudaEngine:
         deterministic: bool,
     ) -> None:
         """Compute the gradients into dq, dk and dv, which have the shapes of q, k and v."""
-        tensors = self._inputs(problem, do_=do, q=q, k=k, v=v, o=o, alibi_slopes=alibi_slopes)
-        tensors["lse"] = lse
-        tensors |= {} if dlse is None else {"dlse": dlse}
+        given = {"do_": do, "q": q, "k": k, "v": v, "o": o, "alibi_slopes": alibi_slopes}
+        tensors = self._inputs(problem, given) | {"lse": lse}
+        if dlse is not None:
+            tensors["dlse"] = dlse
         real = problem.compute_dtype
         tensors["row_dots"] = self.machine.empty((*problem.rows_shape, 2), real)
         if not deterministic:
@@ -69,57 +69,61 @@ class CudaEngine:
             rows = -(-problem.seqlen_q // 16) * 16
             shape = (*problem.rows_shape[:-1], rows, padded_head_dim(problem.head_dim))
             tensors["dq_sum"] = self.machine.empty(shape, real)
-        with (
-            full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv),
-            self._outputs(dq=dq, dk=dk, dv=dv) as outputs,
-        ):
-            tensors |= outputs
+        with full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv):
+            tensors |= {name: self._writable(x) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))}
             self._run("row_dots", problem, tensors)
             self._run("attention_backward", problem, tensors)
             self._run("attention_backward_dq" if deterministic else "store_dq", problem, tensors)
+            _bring(tensors, dq=dq, dk=dk, dv=dv)
 
-    def _inputs(self, problem: Problem, **given: Array | None) -> Tensors:
+    def _inputs(self, problem: Problem, given: dict[str, Array | None]) -> Tensors:
         """Make inputs readable by kernels: the last axis contiguous, slopes in the sums' dtype."""
-        tensors = {name: x for name, x in given.items() if x is not None}
-        for name, x in tensors.items():
+        tensors: Tensors = {}
+        for name, x in given.items():
+            if x is None:
+                continue
             if name == "alibi_slopes":
-                tensors[name] = x.astype(problem.compute_dtype, copy=False)
+                x = x.astype(problem.compute_dtype, copy=False)
             elif not _rows_are_contiguous(x):
-                tensors[name] = namespace(x).ascontiguousarray(x)
+                x = namespace(x).ascontiguousarray(x)
+            tensors[name] = x
         return tensors
 
-    @contextmanager
-    def _outputs(self, **given: Array) -> Iterator[Tensors]:
-        """Yield memory that kernels can write rows to, and bring it to the given arrays."""
-        tensors = {
-            name: x if _rows_are_contiguous(x) else self.machine.empty(x.shape, x.dtype)
-            for name, x in given.items()
-        }
-        yield tensors
-        for name, x in given.items():
-            if tensors[name] is not x:
-                x[...] = tensors[name]
+    def _writable(self, x: Array) -> Array:
+        """Return memory like x that kernels can write rows to: x itself if they are contiguous."""
+        return x if _rows_are_contiguous(x) else self.machine.empty(x.shape, x.dtype)
 
     def _run(self, kernel: str, problem: Problem, tensors: Tensors) -> None:
         arrays = list(tensors.values())
-        alignment = reduce(or_, map(address, arrays)) % WIDEST_ACCESS
-        key = (kernel, problem, alignment, tuple(tensors), tuple([x.strides for x in arrays]))
+        alignment = 0
+        for x in arrays:
+            alignment |= address(x)
+        alignment %= WIDEST_ACCESS
+        strides = [x.strides for x in arrays]
+        key = (kernel, problem, self.machine.device(), alignment, *tensors, *strides)
         launch = self._launches.get(key)
         if launch is None:
-            launch = make_launch(kernel, problem, tensors, alignment, self.machine.card())
+            launch = make_launch(kernel, problem, tensors, alignment, self.machine)
             self._launches[key] = launch
         self.machine.run(launch, arrays)
 
 
+def _bring(tensors: Tensors, **results: Array) -> None:
+    """Copy results to where they belong, if they were written elsewhere."""
+    for name, x in results.items():
+        if tensors[name] is not x:
+            x[...] = tensors[name]
+
+
 def make_launch(
-    kernel: str, problem: Problem, tensors: Tensors, alignment: int, card: Card
+    kernel: str, problem: Problem, tensors: Tensors, alignment: int, machine: Machine
 ) -> Launch:
     """Plan a kernel and fill its parameters, all but the addresses of the tensors."""
     names = {"float32": "float", "float64": "double"}
     element = names.get(problem.dtype.name, problem.dtype.name)
     plan = plan_kernel(
         kernel,
-        card,
+        machine.card(),
         "tensorfloat32" if problem.precision == "tf32" else element,
         problem.head_dim,
         problem.head_dim_v,
@@ -129,7 +133,13 @@ def make_launch(
         alibi="alibi_slopes" in tensors,
         sum_dq="dq_sum" in tensors,
     )
-    return Launch(kernel, plan, plan.blocks(problem), fill_params(problem, tensors), tuple(tensors))
+    return Launch(
+        machine.load(kernel, plan),
+        plan,
+        plan.blocks(problem),
+        fill_params(problem, tensors),
+        tuple(tensors),
+    )
 
 
 @contextmanager

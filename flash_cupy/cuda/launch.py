@@ -16,15 +16,15 @@ from .params import ATTENTION_PARAMS
 from .plan import Card, KernelPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
     """All of a kernel launch but the addresses of its arrays: made once for calls that look alike.
 
-    ``params`` has size 1; ``tensors`` are the names of its tensors, in the order in which
-    `Machine.run` is given their arrays.
+    ``kernel`` is what `Machine.load` returned for ``plan``. ``params`` has size 1; ``tensors`` are
+    the names of its tensors, in the order in which `Machine.run` is given their arrays.
     """
 
-    kernel: str
+    kernel: Any
     plan: KernelPlan
     blocks: int
     params: NDArray[Any]
@@ -45,21 +45,27 @@ _RAW_PARAMS = np.dtype((np.void, ATTENTION_PARAMS.itemsize))
 
 
 @cache
-def _address_words(tensors: tuple[str, ...]) -> list[int]:
+def _address_words(tensors: tuple[str, ...]) -> NDArray[np.intp]:
     """Where the addresses stand, counted in 8-byte words of the parameters."""
     fields = ATTENTION_PARAMS.fields
     assert fields is not None
-    return [fields[name][1] // 8 for name in tensors]
+    return np.array([fields[name][1] // 8 for name in tensors], np.intp)
 
 
 class Machine(Protocol):
-    """What runs kernels: a GPU, or in the tests a simulated one."""
+    """What runs kernels: the current GPU, or in the tests a simulated one."""
+
+    def device(self) -> int:
+        """Return the number of the current device."""
 
     def card(self) -> Card:
-        """Return what the plans need to know of it."""
+        """Return what plans need to know of the current device."""
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Allocate an array in its memory."""
+        """Allocate an array in the device's memory."""
+
+    def load(self, kernel: str, plan: KernelPlan) -> Any:
+        """Return a kernel, compiled for the current device."""
 
     def run(self, launch: Launch, arrays: Sequence[Array]) -> None:
         """Run a kernel on the tensors of the launch."""
@@ -68,28 +74,31 @@ class Machine(Protocol):
 class Gpu:
     """The current CUDA device, on CuPy's current stream and with its current allocator."""
 
-    def card(self) -> Card:
-        """Return what the plans need to know of the current device."""
+    def device(self) -> int:
+        """Return the number of the current device."""
         import cupy
 
-        return _card(cupy.cuda.runtime.getDevice())
+        return int(cupy.cuda.runtime.getDevice())
+
+    def card(self) -> Card:
+        """Return what plans need to know of the current device."""
+        return _card(self.device())
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Allocate an array on the current device."""
         import cupy
 
-        return cupy.empty(shape, dtype)
+        return cupy.ndarray(shape, dtype)
+
+    def load(self, kernel: str, plan: KernelPlan) -> Any:
+        """Return a kernel, compiled for the current device."""
+        return compiler.load(kernel, plan)
 
     def run(self, launch: Launch, arrays: Sequence[Array]) -> None:
         """Launch a kernel on the current stream."""
-        kernel = compiler.load(launch.kernel, launch.plan)
+        plan = launch.plan
         params = launch.with_addresses([x.data.ptr for x in arrays])
-        kernel(
-            (launch.blocks,),
-            (launch.plan.threads,),
-            (params,),
-            shared_mem=launch.plan.shared_bytes,
-        )
+        launch.kernel((launch.blocks,), (plan.threads,), (params,), shared_mem=plan.shared_bytes)
 
 
 @cache

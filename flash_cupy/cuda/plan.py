@@ -343,12 +343,19 @@ class ForwardTiles(NamedTuple):
 # a multiprocessor's shared memory, or else the first of which one does.
 _FORWARD_16BIT = {
     32: [ForwardTiles(128, 64, 4, 2, 2)],
-    64: [ForwardTiles(128, 64, 4, 2, 2), ForwardTiles(128, 64, 4, 1, 2)],
+    64: [ForwardTiles(128, 128, 4, 1, 1), ForwardTiles(128, 64, 4, 1, 2)],
     96: [ForwardTiles(128, 64, 4, 1, 2), ForwardTiles(128, 32, 4, 1, 2)],
-    128: [ForwardTiles(128, 64, 4, 1, 2, dim_unroll=2), ForwardTiles(128, 64, 8, 1, 1)],
+    128: [
+        ForwardTiles(128, 64, 4, 1, 2, dim_unroll=4),
+        ForwardTiles(128, 64, 8, 1, 1),
+    ],
     160: [ForwardTiles(128, 64, 8, 1, 1)],
     192: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
-    256: [ForwardTiles(128, 64, 8, 1, 1), ForwardTiles(64, 64, 4, 1, 1)],
+    256: [
+        ForwardTiles(128, 128, 8, 1, 1, dim_unroll=2),
+        ForwardTiles(128, 64, 8, 1, 1),
+        ForwardTiles(64, 64, 4, 1, 1),
+    ],
 }
 FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
     "float16": _FORWARD_16BIT,
@@ -377,7 +384,7 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
         128: [
-            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=2, dim_v_group=2),
             ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
@@ -390,10 +397,9 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
     },
     "double": {
         32: [ForwardTiles(64, 32, 4, 1, 2)],
-        64: [ForwardTiles(64, 32, 4, 1, 2), ForwardTiles(64, 32, 4, 1, 1)],
+        64: [ForwardTiles(64, 64, 4, 1, 1), ForwardTiles(64, 32, 4, 1, 1)],
         96: [ForwardTiles(64, 16, 4, 1, 2), ForwardTiles(64, 16, 4, 1, 1)],
         128: [
-            ForwardTiles(64, 16, 4, 1, 2),
             ForwardTiles(128, 16, 8, 1, 1),
             ForwardTiles(64, 16, 4, 1, 1),
         ],
@@ -530,7 +536,7 @@ _BACKWARD_32BIT = {
         BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
     ],
     128: [
-        BackwardTiles(64, 64, 8, 2, 2, 1, unroll=2),
+        BackwardTiles(64, 64, 8, 2, 4, 1, unroll=1),
         BackwardTiles(32, 64, 8, 4, 2, 2, unroll=2),
         BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
     ],
@@ -563,7 +569,7 @@ BACKWARD_TILES: dict[str, dict[int, list[BackwardTiles]]] = {
             BackwardTiles(16, 16, 2, 1, 1, 1, unroll=2),
         ],
         128: [
-            BackwardTiles(32, 32, 4, 2, 2, 1, unroll=2),
+            BackwardTiles(16, 32, 4, 2, 1, 1, unroll=2),
             BackwardTiles(16, 16, 2, 1, 1, 1, unroll=2),
         ],
         192: [

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from flash_cupy.cuda.compiler import inline_includes, kernel_folder
 from flash_cupy.cuda.launch import Launch
-from flash_cupy.cuda.plan import Card
+from flash_cupy.cuda.plan import Card, KernelPlan
 
-from .device import HERE, HostDevice
+from .device import HERE, HostDevice, HostKernel
 
 POISON = 0xFF
 
@@ -26,7 +26,7 @@ class HostMachine:
     """
 
     def __init__(self) -> None:
-        self.device = HostDevice()
+        self.host = HostDevice()
         self.launches = 0
 
     def card(self) -> Card:
@@ -38,12 +38,19 @@ class HostMachine:
         data = np.full((*shape, dtype.itemsize), POISON, np.uint8)
         return data.view(dtype)[..., 0]
 
+    def device(self) -> int:
+        """Return the number of the only device."""
+        return 0
+
+    def load(self, kernel: str, plan: KernelPlan) -> HostKernel:
+        """Compile a kernel for the device."""
+        source = inline_includes(f"{kernel}.cu", (HERE, kernel_folder()))
+        return self.host.compile(source, kernel, plan.options())
+
     def run(self, launch: Launch, arrays: Sequence[NDArray[Any]]) -> None:
         """Run a kernel; a kernel that misbehaves is a `HostKernelError`."""
-        source = inline_includes(f"{launch.kernel}.cu", (HERE, kernel_folder()))
-        kernel = self.device.compile(source, launch.kernel, launch.plan.options())
-        images = [Image(self.device, x) for x in arrays]
-        kernel(
+        images = [Image(self.host, x) for x in arrays]
+        launch.kernel(
             (launch.blocks,),
             (launch.plan.threads,),
             (launch.with_addresses([image.address for image in images]),),
