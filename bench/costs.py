@@ -58,18 +58,17 @@ def seconds_taken(call: Callable[[], None], xp: Any) -> float:
 
 
 def peak_bytes(call: Callable[[], object], xp: Any) -> int:
-    """Find the most memory held at once in a call: NumPy's by tracemalloc, CuPy's by its pool."""
+    """Find the most memory held at once in a call: NumPy's by tracemalloc, CuPy's by a pool."""
     if xp is np:
         tracemalloc.start()
         call()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
-    pool = xp.get_default_memory_pool()
-    pool.free_all_blocks()
-    before = pool.total_bytes()  # in a call the pool only grows: its growth is the peak
-    call()
-    return int(pool.total_bytes() - before)
+    pool = xp.cuda.MemoryPool()  # of its own, so that it grows by all that the call takes
+    with xp.cuda.using_allocator(pool.malloc):
+        call()
+    return int(pool.total_bytes())
 
 
 def attention_costs(xp: Any, config: Config, contexts: Sequence[int]) -> list[dict[str, Any]]:

@@ -55,8 +55,8 @@ def main(tools: list[str]) -> int:
     failures = 0
     for tool in tools or TOOLS:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-        command += ["--kernel-regex", "kns=attention", "--kernel-regex", "kns=row_dots"]
-        command += ["--kernel-regex", "kns=store_dq"]
+        for name in ("attention", "row_dots", "store_dq"):
+            command += ["--kernel-name", f"kns={name}"]
         result = subprocess.run([*command, sys.executable, __file__, "--calls"])
         print(f"{tool}: {'clean' if result.returncode == 0 else 'REPORTS ERRORS'}")
         failures += result.returncode != 0
