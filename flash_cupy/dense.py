@@ -188,7 +188,7 @@ def _dense(
         p = xp.exp(s - m)
         total = p.sum(axis=-1, keepdims=True)
         lse = (m + xp.log(total))[..., 0]
-        p = p / xp.where(total == 0, 1, total)
+        p = xp.where(visible, p / xp.where(total == 0, 1, total), 0)  # 0 in a row of NaN, too
     return _Dense(q, k, v, p, lse, visible, ds_factor)
 
 

@@ -91,3 +91,15 @@ def test_dtypes_of_results(dtype: np.dtype) -> None:
     grads = flash_cupy.dense_attention_backward(case.do, case.q, case.k, case.v)
     assert {x.dtype for x in grads} == {dtype}
     assert [x.shape for x in grads] == [case.q.shape, case.k.shape, case.v.shape]
+
+
+def test_nan_in_a_key_reaches_no_gradient_of_unseen_keys() -> None:
+    """A row of NaN passes NaN on to the keys it sees, and to no other."""
+    case = make_case((), 1, 1, 20, 20, 4, 4, FLOAT64, seed=0, causal=True)
+    k = case.k.copy()
+    k[0, 5, 0] = np.nan
+    _, _, dv = flash_cupy.dense_attention_backward(
+        case.do, case.q, k, case.v, causal=True, window=(2, None)
+    )
+    assert np.isnan(dv[0, 3:8]).all()  # seen by rows 5 to 7, which see key 5
+    assert np.isfinite(dv[0, :3]).all() and np.isfinite(dv[0, 8:]).all()
