@@ -169,16 +169,19 @@ struct Forward {
     // Softcap and ALiBi.
     DEVICE void modify(Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], int32 tile) const {
 #pragma unroll
-        for (int m = 0; m < ROW_BLOCKS; ++m) {
+        for (int n = 0; n < KEY_BLOCKS; ++n) {
+            // Missing keys are left out; as in multiply_p_v, the branch saves registers too.
+            const int32 first_key = tile * Config::TILE_N + 16 * n;
+            if (first_key >= params.seqlen_k) break;
 #pragma unroll
-            for (int n = 0; n < KEY_BLOCKS; ++n) {
+            for (int m = 0; m < ROW_BLOCKS; ++m) {
+                const int32 row = first_row + warp_row + 16 * m;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const int h = i / 4, e = i % 4;
-                    s[m][n].value[h][e] = score.modify(
-                        s[m][n].value[h][e],
-                        first_row + warp_row + 16 * m + Accumulator<Real>::row(e),
-                        tile * Config::TILE_N + 16 * n + Accumulator<Real>::col(h, e));
+                    Real& x = s[m][n].value[h][e];
+                    x = score.modify(x, row + Accumulator<Real>::row(e),
+                                     first_key + Accumulator<Real>::col(h, e));
                 }
             }
         }

@@ -94,7 +94,9 @@ struct TileReader {
         const Shape shape;
         const char* unit = data + (row + shape.row) * row_bytes + shape.byte;
         uint32 target = tile.at(shape.row, 0) + shape.byte;
-#pragma unroll
+        // Copies through registers would take many of them at a time.
+        constexpr int UNROLL = BYTES >= 4 ? Shape::ROW_STEPS : 1;
+#pragma unroll UNROLL
         for (int i = 0; i < Shape::ROW_STEPS; ++i) {
             const bool row_valid = shape.row + i * Shape::ROW_STEP < rows - row;
             if (shape.has_row(i)) {
