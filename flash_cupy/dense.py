@@ -122,11 +122,11 @@ def dense_attention_backward(
         dq = problem.scale * matmul_visible(ds, dense.k, visible)
         dk = problem.scale * matmul_visible(ds.mT, dense.q, visible.mT)
         dv = matmul_visible(p.mT, do, visible.mT)
-    dk, dv = (_sum_groups(problem, x) for x in (dk, dv))
-    dq, dk, dv = (
-        to_kind(sum_to(dx, x.shape).astype(dtype or problem.dtype), problem.kind)
-        for dx, x in ((dq, q), (dk, k), (dv, v))
-    )
+        dk, dv = (_sum_groups(problem, x) for x in (dk, dv))
+        dq, dk, dv = (
+            to_kind(sum_to(dx, x.shape).astype(dtype or problem.dtype), problem.kind)
+            for dx, x in ((dq, q), (dk, k), (dv, v))
+        )
     return dq, dk, dv
 
 

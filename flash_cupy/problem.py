@@ -12,7 +12,7 @@ import numbers
 import operator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -127,6 +127,8 @@ class Problem:
     def check_rows(self, inputs: dict[str, Array | None]) -> None:
         """Check ``do`` and ``o`` (like o) and ``lse`` and ``dlse`` (like lse) of a backward call.
 
+        Only dlse may be None.
+
         Raises
         ------
         TypeError
@@ -135,7 +137,7 @@ class Problem:
             A shape that does not belong to q.
         """
         for name, x in inputs.items():
-            if x is not None:
+            if x is not None or name != "dlse":
                 shape = self.lse_shape if name in ("lse", "dlse") else self.o_shape
                 self._check_like(name, x, self.result_dtype(name), shape)
 
@@ -217,15 +219,19 @@ def _problem(
     precision: Precision | None,
 ) -> Problem:
     """Check all that depends on nothing but the arguments given here: of arrays, their shapes."""
-    device = _resolve_device(kind, device)
+    _check_axes(q, k, v)
+    fits_gpu = max(q[-1], v[-1]) <= MAX_GPU_HEAD_DIM
+    device = _resolve_device(kind, device, fits_gpu)
+    if device == "gpu" and not fits_gpu:
+        raise ValueError(
+            f"q and v: got head dims {q[-1]} and {v[-1]}, takes at most {MAX_GPU_HEAD_DIM} on the "
+            "GPU (NumPy arrays of any head dim run on the CPU)"
+        )
     dtype = _check_dtypes({"q": q_dtype, "k": k_dtype, "v": v_dtype})
     causal = check_flag("causal", causal)
     scale = _check_number("scale", scale, "a finite number >= 0")
     softcap = _check_number("softcap", softcap, "a finite number > 0", positive=True)
     precision = _check_precision(precision, dtype)
-    _check_axes(q, k, v)
-    if device == "gpu":
-        _check_head_dims(q, v)
     seqlen_q, head_dim = q[-2:]
     seqlen_k, head_dim_v = v[-2:]
     heads, kv_heads = _check_heads(q, k, v)
@@ -284,15 +290,6 @@ def _check_axes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> N
         raise ValueError(
             f"v: got {v[-2]} keys (axis -2 of {v}), takes as many as k, {k[-2]} (k has shape {k})"
         )
-
-
-def _check_head_dims(q: tuple[int, ...], v: tuple[int, ...]) -> None:
-    for name, shape in (("q", q), ("v", v)):
-        if shape[-1] > MAX_GPU_HEAD_DIM:
-            raise ValueError(
-                f"{name}: got head dim {shape[-1]}, takes at most {MAX_GPU_HEAD_DIM} on the GPU "
-                "(NumPy arrays of any head dim run with device='cpu')"
-            )
 
 
 def _head_count(shape: tuple[int, ...]) -> int:
@@ -371,36 +368,46 @@ def _check_number(
         return None
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {value!r}, takes None or {takes}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of a Python int
+        number = math.inf
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
         raise ValueError(f"{name}: got {value!r}, takes None or {takes}")
     return number
 
 
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    *most, last = map(repr, (None, *choices))
+    takes = f"takes {', '.join(most)} or {last}"
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}, {takes}")
+    if value not in (None, *choices):
+        raise ValueError(f"{name}: got {value!r}, {takes}")
+
+
 def _check_precision(precision: Precision | None, dtype: np.dtype[Any]) -> Precision | None:
-    if precision not in (None, "tf32"):
-        error = ValueError if isinstance(precision, str) else TypeError
-        raise error(f"precision: got {precision!r}, takes None or 'tf32'")
+    _check_choice("precision", precision, get_args(Precision))
     if precision is not None and dtype != np.float32:
         raise ValueError(f"precision: got {precision!r} for {dtype}, takes None there")
     return precision
 
 
-def _resolve_device(kind: arrays.Kind, device: Device | None) -> Device:
+def _resolve_device(kind: arrays.Kind, device: Device | None, fits_gpu: bool) -> Device:
     """NumPy arrays run on the GPU where there is one; CuPy arrays stay where they are."""
-    if device not in (None, "cpu", "gpu"):
-        error = ValueError if isinstance(device, str) else TypeError
-        raise error(f"device: got {device!r}, takes None, 'cpu' or 'gpu'")
-    if kind == "cupy":
-        if device == "cpu":
-            raise ValueError(
-                "device: got 'cpu' with CuPy arrays, takes 'gpu' or None there (cupy.asnumpy "
-                "brings an array to the CPU)"
-            )
-        return "gpu"
-    if device == "cpu":
+    _check_choice("device", device, get_args(Device))
+    if kind == "cupy" and device == "cpu":
+        raise ValueError(
+            "device: got 'cpu' with CuPy arrays, takes 'gpu' or None there (cupy.asnumpy brings "
+            "an array to the CPU)"
+        )
+    if device == "cpu" or (device is None and kind == "numpy" and not fits_gpu):
         return "cpu"
     reason = why_no_gpu()
-    if device == "gpu" and reason is not None:
+    if reason is None:
+        return "gpu"
+    if kind == "cupy":
+        raise ValueError(f"q, k and v: got CuPy arrays, but {reason}")
+    if device == "gpu":
         raise ValueError(f"device: got 'gpu', but {reason}; takes 'cpu' or None here")
-    return "cpu" if reason is not None else "gpu"
+    return "cpu"

@@ -105,9 +105,10 @@ def backward(
 
     All is summed in a fixed order, so that this is deterministic even where it need not be.
     """
-    d = (do.astype(problem.compute_dtype) * o.astype(problem.compute_dtype)).sum(axis=-1)
-    if dlse is not None:
-        d = d - dlse
+    with np.errstate(all="ignore"):
+        d = (do.astype(problem.compute_dtype) * o.astype(problem.compute_dtype)).sum(axis=-1)
+        if dlse is not None:
+            d = d - dlse
     l = np.where(lse == -np.inf, 0, lse)  # P = 0 in rows that see no key
     d, l = (x.reshape(*problem.rows_shape, 1) for x in (d, l))
     do, q, k, v = (_computable(problem, x) for x in (do, q, k, v))

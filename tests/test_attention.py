@@ -10,6 +10,7 @@ import pytest
 from engines import Engine
 from errors import NAMES, assert_exact, dense
 from hypothesis import assume, given
+from ml_dtypes import finfo
 from strategies import (
     BFLOAT16,
     DTYPES,
@@ -204,6 +205,19 @@ def test_extreme_logits(engine: Engine, dtype: np.dtype, size: float) -> None:
     )
 
 
+@pytest.mark.parametrize("shift", [-1e6, 1e6])
+def test_scores_far_from_zero(engine: Engine, shift: float) -> None:
+    """Every score of a row is large, of one sign: the first maximum must not stand in the way."""
+    case = make_case((), 2, 2, 33, 40, 16, 16, FLOAT64, seed=5, scale=1.0)
+    q, k = case.q.copy(), case.k.copy()
+    q[..., 0], k[..., 0] = 0, 1
+    o, lse = engine.forward(replace(case, q=q, k=k))
+    q[..., 0] = shift
+    o2, lse2 = engine.forward(replace(case, q=q, k=k))
+    np.testing.assert_allclose(o2, o, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(lse2, lse + shift, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_see_no_key(engine: Engine, dtype: np.dtype) -> None:
     """With more queries than keys, causal alignment leaves the first rows nothing to see."""
@@ -227,6 +241,16 @@ def test_empty(engine: Engine, batch: tuple[int, ...], seqlen_q: int, seqlen_k: 
     assert np.isneginf(lse).all()
     assert (dq.shape, dk.shape, dv.shape) == (case.q.shape, case.k.shape, case.v.shape)
     assert not dq.any() and not dk.any() and not dv.any()
+
+
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_no_heads(engine: Engine, kv_heads: int) -> None:
+    case = make_case((2,), 0, kv_heads, 5, 6, 8, 16, FLOAT32, seed=7)
+    o, lse, dq, dk, dv = engine.run(case)
+    assert (o.shape, lse.shape, dq.shape) == ((2, 0, 5, 16), (2, 0, 5), (2, 0, 5, 8))
+    assert (dk.shape, dv.shape) == ((2, kv_heads, 6, 8), (2, kv_heads, 6, 16))
+    assert not dk.any() and not dv.any()
+    assert_same((o, lse, dq, dk, dv), dense(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -256,19 +280,48 @@ def test_bad_number_in_a_key_reaches_exactly_the_rows_that_see_it(
     np.testing.assert_array_equal(bad_rows, np.broadcast_to(sees, bad_rows.shape))
     clean = engine.run(case, deterministic=True)
     assert_same((o[:, ~sees], lse[:, ~sees]), (clean[0][:, ~sees], clean[1][:, ~sees]))
-    # The gradients of rows that do not see it stay as they were as well.
+    # The gradients of rows that do not see it stay as they were as well, and those of keys that
+    # no row sees beside it.
     np.testing.assert_array_equal(results[2][:, ~sees], clean[2][:, ~sees])
+    diagonal, keys = np.flatnonzero(sees)[:, None] + 70 - 90, np.arange(70)
+    beside = ((keys >= diagonal - left) & (keys <= diagonal + right)).any(axis=0)
+    assert options.get("causal") or not beside.all()
+    for got, expected in zip(results[3:], clean[3:], strict=True):
+        np.testing.assert_array_equal(got[:, ~beside], expected[:, ~beside])
+
+
+def test_nan_reaches_rows_that_give_it_no_weight(engine: Engine) -> None:
+    """A weight that underflows to 0 is not a mask."""
+    case = make_case((), 1, 1, 40, 40, 16, 16, FLOAT32, seed=8, causal=True, scale=1.0)
+    q, k, v = case.q.copy(), case.k.copy(), case.v.copy()
+    q[..., 0], k[..., 20, 0], v[..., 20, 3] = 100, -100, np.nan
+    o, _ = engine.forward(replace(case, q=q, k=k, v=v))
+    np.testing.assert_array_equal(np.isnan(o[0, :, 3]), np.arange(40) >= 20)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_bad_gradient_reaches_only_keys_in_sight(engine: Engine, dtype: np.dtype) -> None:
+@pytest.mark.parametrize("name", ["q", "do"])
+def test_bad_row_reaches_only_keys_in_sight(engine: Engine, name: str, dtype: np.dtype) -> None:
     case = make_case((), 1, 1, 80, 80, 16, 16, dtype, seed=9, causal=True)
-    do = case.do.copy()
-    do[..., 40, 2] = np.nan
-    *_, dk, dv = engine.run(replace(case, do=do), deterministic=True)
+    x = getattr(case, name).copy()
+    x[..., 40, 2] = np.nan
+    *_, dk, dv = engine.run(replace(case, **{name: x}), deterministic=True)
     *_, dk_clean, dv_clean = engine.run(case, deterministic=True)
     assert np.isnan(dk[0, :41]).all() and np.isnan(dv[0, :41, 2]).all()
     assert_same((dk[0, 41:], dv[0, 41:]), (dk_clean[0, 41:], dv_clean[0, 41:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_overflow_gives_no_warning(engine: Engine, dtype: np.dtype) -> None:
+    """What does not fit is inf or NaN in the result, as in the specification."""
+    case = make_case((), 2, 1, 33, 40, 16, 16, dtype, seed=10)
+    do, v = case.do.copy(), case.v.copy()
+    do[:, 5], v[:, 0] = np.inf, 0
+    largest = float(finfo(dtype).max)
+    do[:, 6:], v[:, 1:] = (np.full_like(x, largest) for x in (do[:, 6:], v[:, 1:]))
+    case = replace(case, do=do, v=v)
+    for results in (engine.run(case), dense(case)):
+        assert not np.isfinite(results[-1].astype(FLOAT64)).any()
 
 
 @given(case=cases(dtypes=FLOATS, smallest=1))
@@ -294,6 +347,19 @@ def test_batch_axes_broadcast(engine: Engine, case: Case) -> None:
         np.testing.assert_allclose(x, y, **_close(case))
 
 
+@pytest.mark.parametrize("repeated", ["q", "k", "v"])
+@pytest.mark.parametrize("lead", [(), (1,)], ids=str)
+def test_each_input_broadcasts_alone(engine: Engine, repeated: str, lead: tuple[int, ...]) -> None:
+    case = make_case((3,), 4, 2, 33, 40, 8, 16, FLOAT64, seed=10, causal=True)
+    x = getattr(case, repeated)[0].reshape(*lead, *getattr(case, repeated).shape[1:])
+    broadcast = replace(case, **{repeated: x})
+    full = replace(case, **{repeated: np.broadcast_to(x, getattr(case, repeated).shape).copy()})
+    expected = dict(zip(NAMES, engine.run(full), strict=True))
+    expected[f"d{repeated}"] = expected[f"d{repeated}"].sum(axis=0).reshape(x.shape)
+    for got, y in zip(engine.run(broadcast), expected.values(), strict=True):
+        np.testing.assert_allclose(got, y, **_close(case))
+
+
 def test_two_and_three_axes(engine: Engine) -> None:
     case = make_case((), 1, 1, 33, 40, 8, 16, FLOAT64, seed=11, causal=True)
     flat = Case(case.q[0], case.k[0], case.v[0], case.do[0], case.dlse[0], options=case.options)
@@ -301,6 +367,9 @@ def test_two_and_three_axes(engine: Engine) -> None:
     expected = engine.run(case, deterministic=True)
     assert [x.shape for x in results] == [(33, 16), (33,), (33, 8), (40, 8), (40, 16)]
     assert_same(results, tuple(x[0] for x in expected))
+    one_head = engine.run(replace(case, q=case.q[0]), deterministic=True)
+    assert [x.shape for x in one_head[:3]] == [(1, 33, 16), (1, 33), (33, 8)]
+    assert_same(one_head, (*expected[:2], expected[2][0], *expected[3:]))
 
 
 @given(case=cases(dtypes=FLOATS, smallest=1))
@@ -334,6 +403,7 @@ def test_out_is_written_and_returned(engine: Engine, case: Case) -> None:
     single = poisoned(expected[0])
     assert flash_cupy.attention(q, k, v, out=single, **options) is single
     assert_same((engine.download(single),), expected[:1])
+    assert flash_cupy.attention_vjp(q, k, v, out=single, **options)[0] is single
 
 
 @given(case=cases(smallest=1))

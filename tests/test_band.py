@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import windows
@@ -46,6 +49,17 @@ def test_band_equals_definition(seqlen_q, seqlen_k, causal, window, data) -> Non
     seeing = np.flatnonzero(mask[:, cols.start : cols.stop].any(axis=1))
     assert list(band.queries(cols)) == list(seeing)
     assert band.covers(rows, cols) == mask[rows.start : rows.stop, cols.start : cols.stop].all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_window_of_short_sequences(causal: bool) -> None:
+    """So that no window just short of a whole sequence is missed."""
+    sides = (None, *range(6))
+    for seqlen_q, seqlen_k, *window in itertools.product(range(1, 5), range(1, 5), sides, sides):
+        band = Band.of(seqlen_q, seqlen_k, causal, tuple(window))
+        i, j = np.arange(seqlen_q)[:, None], np.arange(seqlen_k)
+        mask = definition(seqlen_q, seqlen_k, causal, window)
+        np.testing.assert_array_equal(band.visible(i + band.offset - j), mask)
 
 
 @given(lengths, lengths, st.booleans(), windows())

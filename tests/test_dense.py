@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from errors import dense
 from hypothesis import given, settings
 from strategies import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Case, cases, make_case
 
@@ -78,6 +80,22 @@ def test_gradients_equal_finite_differences(case: Case) -> None:
     # a stencil of fourth order
     numeric = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
     assert numeric == pytest.approx(slope, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_number_reaches_only_what_is_in_sight(name: str, bad: float) -> None:
+    case = make_case((), 1, 1, 30, 30, 8, 8, FLOAT64, seed=0, window=(2, 3))
+    x = getattr(case, name).copy()
+    x[:, 12, 5] = bad
+    distance = np.arange(30)[:, None] - np.arange(30)
+    sees = (distance <= 2) & (distance >= -3)
+    rows = sees[:, 12] if name in "kv" else np.arange(30) == 12
+    keys = sees[rows].any(axis=0)
+    results, clean = dense(replace(case, **{name: x})), dense(case)
+    for got, expected, reached in zip(results, clean, (rows, rows, rows, keys, keys), strict=True):
+        np.testing.assert_array_equal(got[:, ~reached], expected[:, ~reached])
+    assert not all(np.isfinite(got).all() for got in results)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)

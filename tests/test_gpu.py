@@ -295,7 +295,9 @@ def test_mixture_of_libraries() -> None:
     with pytest.raises(ValueError, match=r"device: got 'cpu' with CuPy arrays"):
         flash_cupy.attention(q, q, q, device="cpu")
     wide = _random((4, 257), FLOAT32)
-    with pytest.raises(ValueError, match=r"q: got head dim 257, takes at most 256 on the GPU"):
+    with pytest.raises(
+        ValueError, match=r"q and v: got head dims 257 and 8, takes at most 256 on the"
+    ):
         flash_cupy.attention(wide, wide, q)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+
 import numpy as np
 import pytest
+from strategies import FLOAT32, FLOAT64
 
 from flash_cupy import __main__ as main
-from flash_cupy import tiled
+from flash_cupy import arrays, tiled
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +42,20 @@ def test_a_wrong_result_fails(
     assert main.main() == 1
     printed = capsys.readouterr().out
     assert "FAILED" in printed and "checks FAILED" in printed
+
+
+@pytest.mark.parametrize("wrong, status", [(0, 0), (1, 1)])
+def test_exit_status(monkeypatch: pytest.MonkeyPatch, wrong: float, status: int) -> None:
+    backward = tiled.backward
+
+    def perhaps_wrong(problem, *args):
+        backward(problem, *args)
+        dk = args[-3]
+        dk[..., 0, 0] += wrong
+
+    monkeypatch.setattr(tiled, "backward", perhaps_wrong)
+    monkeypatch.setattr(arrays, "dtypes", lambda: frozenset([FLOAT32, FLOAT64]))
+    monkeypatch.delitem(sys.modules, "flash_cupy.__main__")
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("flash_cupy", run_name="__main__")
+    assert exit.value.code == status

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 
 import flash_cupy
+from flash_cupy import arrays, problem
 from flash_cupy.gpu import why_no_gpu
+from flash_cupy.problem import Options, Problem
 
 
 def array(*shape: int, dtype: Any = np.float32) -> Any:
@@ -25,6 +30,7 @@ WRONG_CALLS = [
     (dict(k=None), TypeError, "k: got builtins.NoneType, takes a NumPy or CuPy array"),
     (dict(v=np.float32(1)), TypeError, "v: got numpy.float32, takes a NumPy or CuPy array"),
     (dict(q=np.ma.masked_array(Q)), TypeError, "q: got numpy.ma.MaskedArray, takes"),
+    (dict(v=V[0, 0].view(np.matrix)), TypeError, "v: got numpy.matrix, takes a NumPy or CuPy"),
     (dict(q=Q.astype(object)), TypeError, "q: got dtype object, takes float16, bfloat16"),
     (dict(k=K.astype(complex)), TypeError, "k: got dtype complex128, takes float16, bfloat16"),
     (dict(v=V.astype(int)), TypeError, "v: got dtype int64, takes float16, bfloat16"),
@@ -96,8 +102,11 @@ WRONG_CALLS = [
         ValueError,
         r"alibi_slopes: got shape \(3,\), takes \(H,\) = \(4,\) or \(\*batch, H\) = \(2, 4\)",
     ),
+    (dict(alibi_slopes=array(1, 4)), ValueError, r"alibi_slopes: got shape \(1, 4\), takes \(H,\)"),
+    (dict(scale=10**400), ValueError, "scale: got 10+, takes None or a finite number >= 0"),
     (dict(device="tpu"), ValueError, "device: got 'tpu', takes None, 'cpu' or 'gpu'"),
     (dict(device=0), TypeError, "device: got 0, takes None, 'cpu' or 'gpu'"),
+    (dict(device=Q), TypeError, "device: got array.*, takes None, 'cpu' or 'gpu'"),
 ]
 
 
@@ -112,12 +121,15 @@ WRONG_CALLS = [
     ],
 )
 def test_wrong_calls(function: Any, wrong: dict, error: type, message: str) -> None:
-    with pytest.raises(error, match=f"^{message}"):
+    with pytest.raises(error, match=f"(?s)^{message}"):
         function(**{"q": Q, "k": K, "v": V, **wrong})
 
 
 WRONG_BACKWARD_CALLS = [
     (dict(do=O.astype(np.float64)), TypeError, "do: got dtype float64, takes float32 where q is"),
+    (dict(do=None), TypeError, "do: got builtins.NoneType, takes a NumPy or CuPy array"),
+    (dict(o=None), TypeError, "o: got builtins.NoneType, takes a NumPy or CuPy array"),
+    (dict(lse=None), TypeError, "lse: got builtins.NoneType, takes a NumPy or CuPy array"),
     (dict(do=[O]), TypeError, "do: got builtins.list, takes a NumPy or CuPy array"),
     (dict(do=O[..., :2]), ValueError, r"do: got shape \(2, 4, 5, 2\), takes \(2, 4, 5, 3\)"),
     (dict(o=O[:1]), ValueError, r"o: got shape \(1, 4, 5, 3\), takes \(2, 4, 5, 3\)"),
@@ -140,6 +152,8 @@ def test_wrong_backward_calls(wrong: dict, error: type, message: str) -> None:
 def test_dense_backward_checks_the_same() -> None:
     with pytest.raises(ValueError, match=r"^do: got shape \(2, 4, 5, 2\), takes \(2, 4, 5, 3\)"):
         flash_cupy.dense_attention_backward(O[..., :2], Q, K, V)
+    with pytest.raises(ValueError, match=r"^dlse: got shape \(4, 5\), takes \(2, 4, 5\)"):
+        flash_cupy.dense_attention_backward(O, Q, K, V, dlse=LSE[0])
 
 
 def _read_only() -> Any:
@@ -186,6 +200,53 @@ def test_wrong_out_tuples() -> None:
         flash_cupy.attention_backward(O, Q, K, V, O, LSE, out=(None, K, None))
 
 
+INPUTS = dict(q=Q, k=K, v=V, alibi_slopes=array(4))
+ROWS = dict(do=O, o=O, lse=LSE, dlse=LSE)
+
+
+def _placed_on(x: Any, out_shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """A copy of x, and an array for a result that begins at the same address."""
+    memory = np.empty(1000, np.float32)
+    copy = memory[: x.size].reshape(x.shape)
+    copy[...] = x
+    return copy, memory[: np.prod(out_shape)].reshape(out_shape)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_out_may_overlap_no_input_of_the_forward_pass(name: str) -> None:
+    x, out = _placed_on(INPUTS[name], O.shape)
+    with pytest.raises(ValueError, match=rf"^out \(o\): got memory that overlaps {name}, takes"):
+        flash_cupy.attention(**{**INPUTS, name: x}, out=out)
+
+
+@pytest.mark.parametrize("name", [*INPUTS, *ROWS])
+def test_out_may_overlap_no_input_of_the_backward_pass(name: str) -> None:
+    x, dv = _placed_on({**INPUTS, **ROWS}[name], V.shape)
+    with pytest.raises(ValueError, match=rf"^out \(dv\): got memory that overlaps {name}, takes"):
+        flash_cupy.attention_backward(**{**INPUTS, **ROWS, name: x}, out=(None, None, dv))
+
+
+@pytest.mark.parametrize(
+    "shape, strides, overlaps",
+    [
+        ((3, 4), (16, 4), False),
+        ((3, 4), (-16, -4), False),
+        ((3, 4), (4, 12), False),
+        ((3, 4), (12, 4), True),
+        ((3, 4), (-12, 4), True),
+        ((3, 4), (0, 4), True),
+        ((3, 4), (16, 2), True),
+        ((1, 4), (0, 4), False),
+        ((0, 4), (0, 4), False),
+        ((2, 2, 2), (8, 4, 12), True),
+    ],
+)
+def test_elements_that_share_memory(shape: tuple, strides: tuple, overlaps: bool) -> None:
+    start = np.zeros(100, np.float32)[50:]
+    x = np.lib.stride_tricks.as_strided(start, shape, strides)
+    assert arrays.overlaps_itself(x) == overlaps
+
+
 def test_interleaved_out_is_no_overlap() -> None:
     """Every second element of memory that also holds q."""
     both = np.ones((*Q.shape, 2), np.float32)
@@ -193,6 +254,11 @@ def test_interleaved_out_is_no_overlap() -> None:
     q, out = both[..., 0], both[..., 1]
     assert flash_cupy.attention(q, K, v, out=out) is out
     assert (both[..., 0] == 1).all()
+
+
+def test_fractions_are_numbers() -> None:
+    o = flash_cupy.attention(Q, K, V, scale=Fraction(1, 3), device="cpu")
+    np.testing.assert_array_equal(o, flash_cupy.attention(Q, K, V, scale=1 / 3, device="cpu"))
 
 
 def test_gpu_that_is_not_there() -> None:
@@ -226,3 +292,79 @@ def test_numpy_integers_and_floats_are_numbers() -> None:
 def test_compile_without_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"^no GPU to compile for: CuPy "):
         flash_cupy.compile([64], np.float16)
+
+
+def test_precision_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"^precision: got 'fast', takes None or 'tf32'"):
+        flash_cupy.attention(Q, K, V, precision="fast")
+    with pytest.raises(TypeError, match=r"^precision: got 32, takes None or 'tf32'"):
+        flash_cupy.attention(Q, K, V, precision=32)
+    q, k, v = (x.astype(np.float64) for x in (Q, K, V))
+    with pytest.raises(ValueError, match=r"^precision: got 'tf32' for float64, takes None there"):
+        flash_cupy.attention(q, k, v, precision="tf32")
+
+
+@pytest.fixture
+def gpu_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let checks believe in a GPU."""
+    monkeypatch.setattr(problem, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(problem, "_problem", lru_cache(typed=True)(problem._problem.__wrapped__))
+
+
+def test_numpy_arrays_go_to_a_gpu_that_is_there(gpu_is_there: None) -> None:
+    assert Problem.of(Q, K, V, Options()).device == "gpu"
+    assert Problem.of(Q, K, V, Options(device="gpu")).device == "gpu"
+    assert Problem.of(Q, K, V, Options(device="cpu")).device == "cpu"
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(257, 3), (3, 257)])
+def test_wide_heads_run_on_the_cpu(gpu_is_there: None, head_dim: int, head_dim_v: int) -> None:
+    q, k, v = array(5, head_dim), array(6, head_dim), array(6, head_dim_v)
+    assert flash_cupy.attention(q, k, v).shape == (5, head_dim_v)
+    message = f"got head dims {head_dim} and {head_dim_v}, takes at most 256 on the GPU"
+    with pytest.raises(ValueError, match=f"^q and v: {message}"):
+        flash_cupy.attention(q, k, v, device="gpu")
+
+
+@pytest.fixture
+def cupy_array(gpu_is_there: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make CuPy arrays over host memory: checks ask for their addresses and never read them."""
+    import cupy
+
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
+
+    def on_device(x: Any, device: int = 0) -> Any:
+        memory = cupy.cuda.UnownedMemory(x.ctypes.data, x.nbytes, x, device_id=device)
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        return cupy.ndarray(x.shape, x.dtype, memptr=pointer, strides=x.strides)
+
+    return on_device
+
+
+def test_cupy_arrays_stay_on_their_gpu(cupy_array: Callable[..., Any]) -> None:
+    q, k, v = map(cupy_array, (Q, K, V))
+    assert Problem.of(q, k, v, Options()).device == "gpu"
+    with pytest.raises(ValueError, match=r"^device: got 'cpu' with CuPy arrays, takes 'gpu' or"):
+        flash_cupy.attention(q, k, v, device="cpu")
+    with pytest.raises(ValueError, match=r"^v: got an array on GPU 1, takes .* GPU 0"):
+        flash_cupy.attention(q, k, cupy_array(V, device=1))
+
+
+def test_numpy_and_cupy_arrays_do_not_mix(cupy_array: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"^q, k, v: got a mixture \(q numpy, k cupy, v numpy\)"):
+        flash_cupy.attention(Q, cupy_array(K), V)
+    with pytest.raises(TypeError, match=r"^q, k, v, alibi_slopes: got a mixture"):
+        flash_cupy.attention(Q, K, V, alibi_slopes=cupy_array(array(4)))
+    with pytest.raises(TypeError, match=r"^out \(o\): got a cupy array, takes a numpy array"):
+        flash_cupy.attention(Q, K, V, out=cupy_array(O), device="cpu")
+    with pytest.raises(TypeError, match=r"^do: got a cupy array, takes a numpy array"):
+        flash_cupy.attention_backward(cupy_array(O), Q, K, V, O, LSE, device="cpu")
+
+
+def test_overlap_on_a_gpu_is_found_without_asking_it(cupy_array: Callable[..., Any]) -> None:
+    """No kernel could run here; packed gradients interleave in every training step."""
+    packed = cupy_array(array(5, 3, 8))
+    dq, dk, _ = (packed[:, i] for i in range(3))
+    assert not arrays.overlap(dq, dk)
+    assert arrays.overlap(dq, packed[2:3, 0])
+    assert arrays.overlaps_itself(cupy_array(np.broadcast_to(array(1, 8), (5, 8))))

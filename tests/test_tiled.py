@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from strategies import FLOAT32, make_case
+from engines import available_engines
+from errors import NAMES, dense
+from ml_dtypes import finfo
+from strategies import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, make_case
 
 import flash_cupy
 from flash_cupy import tiled
+from flash_cupy.problem import Options, Problem
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
@@ -77,3 +82,25 @@ def test_tiles_out_of_sight_are_skipped(
     computed = 0
     flash_cupy.attention_backward(case.do, case.q, case.k, case.v, o, lse, device="cpu", **options)
     assert share <= computed / 2048**2 <= share * 1.1
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_16_bit_results_are_rounded_once(monkeypatch: pytest.MonkeyPatch, dtype: np.dtype) -> None:
+    """All sums over tiles are in float32, however many tiles there are."""
+    monkeypatch.setattr(tiled, "MIN_TILE", 16)
+    monkeypatch.setattr(tiled, "MAX_TILE", 16)
+    case = make_case((), 1, 1, 800, 800, 16, 16, dtype, seed=0)
+    reference = dense(case.astype(FLOAT64), FLOAT64)
+    for results in (available_engines()[0].run(case), dense(case)):
+        for name, got, expected in zip(NAMES, results, reference, strict=True):
+            allowed = 0.6 * float(finfo(dtype).eps) * abs(expected).max()
+            assert abs(got.astype(FLOAT64) - expected).max() <= allowed, name
+
+
+@pytest.mark.parametrize("batch, heads", [((), 1), ((), 8), ((4,), 16), ((100,), 100)])
+def test_tiles_share_their_size_among_the_heads(batch: tuple[int, ...], heads: int) -> None:
+    x = np.empty((*batch, heads, 1024, 1), np.float32)
+    rows = next(tiled._tiles(Problem.of(x, x, x, Options(device="cpu")), range(1024)))
+    size = rows.stop - rows.start
+    assert tiled.MIN_TILE <= size <= tiled.MAX_TILE
+    assert size == tiled.MIN_TILE or math.prod(batch) * heads * size**2 <= tiled.TILE_ELEMENTS

@@ -384,7 +384,7 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
         128: [
-            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=2, dim_v_group=2),
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=1),
             ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
