@@ -8,8 +8,8 @@
 //   to_a(acc)                      a[i][j] = acc[i][j], within a thread's own registers
 //   reload_a(tile, m, k)           a[i][j] = tile[m + i][k + j], as to_a of what was stored there
 // A product sums over k in any order, as long as both operands agree. For 32- and 64-bit elements
-// two orders are used, each where it costs nothing: load_a goes with load_b_transposed, and to_a,
-// reload_a and load_a_transposed go with load_b. For 16-bit elements all orders are the natural one.
+// two orders are used, each where it costs nothing: load_a goes with load_b_transposed; to_a,
+// reload_a and load_a_transposed go with load_b. For 16-bit elements all are the natural order.
 //
 // Lane 4g + t of a warp holds of a block what is written at Accumulator (g = lane / 4).
 #pragma once
