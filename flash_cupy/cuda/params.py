@@ -51,19 +51,3 @@ ATTENTION_PARAMS = np.dtype(
     ],
     align=True,
 )
-
-
-def band(
-    seqlen_q: int, seqlen_k: int, causal: bool, window: tuple[int | None, int | None] | None
-) -> tuple[int, int]:
-    """Bounds (low, high) of the band i + low <= j <= i + high of keys j that query i sees.
-
-    Both are clamped to +-BAND_LIMIT; a side without a limit is at the clamp.
-    """
-    shift = seqlen_k - seqlen_q
-    left, right = window if window is not None else (None, None)
-    if causal:
-        right = 0 if right is None else min(right, 0)
-    low = -BAND_LIMIT if left is None else shift - left
-    high = BAND_LIMIT if right is None else shift + right
-    return max(low, -BAND_LIMIT), min(high, BAND_LIMIT)
