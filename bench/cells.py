@@ -101,7 +101,10 @@ _FLOAT32 = ("float32", "tf32")
 _DOUBLING = tuple(2**n for n in range(10, 18))
 
 PRESETS = {
-    "peers": Preset((Grid((64, 128, 256), (512, 2048, 8192, 16384)),)),
+    # Beside fused peers only: those that hold N×N matrices leave no memory at the longest.
+    "peers": Preset(
+        (Grid((64, 128, 256), (512, 2048, 8192, 16384)),), peers=("torch cuDNN", "torch flash")
+    ),
     "quick": Preset((Grid((128,), (2048,)),)),
     "dtypes": Preset(
         (
@@ -112,7 +115,8 @@ PRESETS = {
         )
     ),
     "deterministic": Preset(
-        (Grid((64, 128, 256), (512, 2048, 8192), directions=("deterministic",)),)
+        (Grid((64, 128, 256), (512, 2048, 8192), directions=("backward", "deterministic")),),
+        peers=(),
     ),
     # To where dense attention does not fit, and flash_cupy alone to a million.
     "memory": Preset(
