@@ -11,7 +11,6 @@ time and memory as the context grows. A picture of the loss and all figures are 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ if __name__ == "__main__":  # NumPy's BLAS reads it when it is loaded
 import numpy as np
 import text
 from costs import ATTENTIONS, attention_costs, attention_named, cost_table
+from machine import array_module
 from matplotlib.figure import Figure
 from optimizer import AdamW, Schedule
 from tqdm import tqdm
@@ -45,23 +45,6 @@ GPU_CONTEXTS = (1024, 2048, 4096, 8192)
 PROMPT = b"def "
 SAMPLE_BYTES = 400
 TEMPERATURE = 0.7
-
-
-def gpu_module() -> Any | None:
-    """Import `cupy` where it is installed and has a GPU to work on, else None."""
-    try:
-        cupy = importlib.import_module("cupy")
-    except ImportError:
-        return None
-    return cupy if cupy.cuda.is_available() else None
-
-
-def array_module_for(device: str | None) -> Any:
-    """NumPy for 'cpu', CuPy for 'gpu'; by default CuPy where there is a GPU."""
-    cupy = None if device == "cpu" else gpu_module()
-    if device == "gpu" and cupy is None:
-        raise ValueError("--device gpu: CuPy is not installed here or finds no GPU")
-    return cupy or np
 
 
 # --------------------------------------------------------------------------------------- training
@@ -230,7 +213,7 @@ def run_from(args: argparse.Namespace) -> Run:
         next(text.batches(part, args.batch, args.context, args.seed))
     return Run(
         Config(context=args.context, layers=args.layers, heads=args.heads, width=args.width),
-        array_module_for(args.device),
+        array_module(args.device),
         training,
         validation,
         Schedule(args.learning_rate, args.steps, warmup=args.steps // 10),

@@ -202,13 +202,6 @@ def test_command_line_errors(
     assert message in capsys.readouterr().err
 
 
-def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_lm, "gpu_module", lambda: None)
-    assert train_lm.array_module_for(None) is np
-    with pytest.raises(ValueError, match="--device gpu"):
-        train_lm.array_module_for("gpu")
-
-
 def test_attention_that_differs_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

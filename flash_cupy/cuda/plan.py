@@ -8,6 +8,7 @@ constants of their own.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ def row_bytes(columns: int, element: str) -> int:
 
 
 @dataclass(frozen=True)
-class KernelPlan:
+class KernelPlan(ABC):
     """How one kernel is compiled and launched.
 
     Attributes
@@ -102,9 +103,9 @@ class KernelPlan:
         """Dynamic shared memory of a block."""
         return 0
 
+    @abstractmethod
     def blocks(self, problem: Problem) -> int:
         """Return the number of blocks of a launch."""
-        raise NotImplementedError
 
     def options(self) -> tuple[str, ...]:
         """Return the compiler options that carry this plan into a kernel."""
