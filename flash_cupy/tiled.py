@@ -196,8 +196,10 @@ def _with_heads(x: Floats) -> Floats:
 
 
 def _computable(problem: Problem, x: Floats) -> Floats:
-    """Bring x to the compute dtype and to memory that matrix products read at full speed."""
-    return np.ascontiguousarray(_with_heads(x), problem.compute_dtype)
+    """Bring x to the compute dtype; copy what matrix products would not read at full speed."""
+    x = _with_heads(x).astype(problem.compute_dtype, copy=False)
+    in_rows = x.strides[-1] == x.itemsize and x.strides[-2] >= x.shape[-1] * x.itemsize
+    return x if in_rows else np.ascontiguousarray(x)
 
 
 def _slopes(problem: Problem, alibi_slopes: Floats | None) -> Floats | None:

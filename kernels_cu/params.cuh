@@ -41,7 +41,7 @@ struct AttentionParams {
     int32 head_dim;
     int32 head_dim_v;
     // Query i sees the keys j with i + band_low <= j <= i + band_high: causal and window in one,
-    // both bounds clamped to +-2^30 (beyond every sequence), so that the sums fit in an int32.
+    // a side without a limit is +-2^30 (beyond every sequence), so that sums fit in an int32.
     int32 band_low;
     int32 band_high;
     double scale;

@@ -58,14 +58,19 @@ def host_engine(host_cuda_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -
 
 
 def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> None:
     """Say what is known of the GPU; record a complete run on one."""
-    complete = not config.option.keyword and config.args == config.getini("testpaths")
+    complete = (
+        exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        and config.args == config.getini("testpaths")
+        and config.option.markexpr == "not slow"
+        and not (config.option.keyword or config.option.lf or config.option.maxfail)
+    )
     if why_no_gpu() is None and complete:
-        counts = {
-            outcome: len(terminalreporter.stats.get(outcome, ()))
-            for outcome in ("passed", "failed", "skipped")
-        }
-        gpu_report.write(**counts)
+        passed, failed, errors, skipped = (
+            len(terminalreporter.stats.get(outcome, ()))
+            for outcome in ("passed", "failed", "error", "skipped")
+        )
+        gpu_report.write(passed, failed + errors, skipped)
     terminalreporter.write_line(gpu_report.describe())

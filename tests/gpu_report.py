@@ -7,8 +7,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from flash_cupy.gpu import why_no_gpu
-
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "tests" / "gpu_report.json"
 FOLDERS = ("flash_cupy", "kernels_cu", "tests")
@@ -54,14 +52,12 @@ def write(passed: int, failed: int, skipped: int) -> None:
 
 def describe() -> str:
     """Say in one line what the recorded run covers."""
-    if why_no_gpu() is None:
-        return "GPU: this run has tested it"
     if not REPORT.exists():
-        return "GPU: not tested in this run, and no run on a GPU is recorded"
+        return "GPU: no complete run of the tests on one is recorded"
     report = json.loads(REPORT.read_text())
     current = report["sources_sha256"] == source_hash()
     return (
-        f"GPU: not tested in this run; the recorded run on {report['gpu']} "
-        f"({report['passed']} passed, {report['failed']} failed) "
-        + ("covers these sources" if current else "was of OTHER sources than these")
+        f"GPU: the last complete run of the tests, on {report['gpu']} "
+        f"({report['passed']} passed, {report['failed']} failed)"
+        + (", covers these sources" if current else ", was of OTHER sources than these")
     )

@@ -13,9 +13,12 @@ from ..arrays import Array, address, namespace, sum_to
 from ..problem import Problem
 from .launch import Launch, Machine
 from .plan import padded_head_dim, plan_kernel
-from .tensors import WIDEST_ACCESS, access_bytes, fill_params
+from .tensors import OF_Q_DTYPE, WIDEST_ACCESS, access_bytes, fill_params
 
 Tensors = dict[str, Array]
+
+#: Launches that an engine remembers; a program with ever new lengths starts over at this number.
+MAX_LAUNCHES = 4096
 
 
 class CudaEngine:
@@ -96,14 +99,17 @@ class CudaEngine:
     def _run(self, kernel: str, problem: Problem, tensors: Tensors) -> None:
         arrays = list(tensors.values())
         alignment = 0
-        for x in arrays:
-            alignment |= address(x)
+        for name, x in tensors.items():
+            if name in OF_Q_DTYPE:
+                alignment |= address(x)
         alignment %= WIDEST_ACCESS
         strides = [x.strides for x in arrays]
         key = (kernel, problem, self.machine.device(), alignment, *tensors, *strides)
         launch = self._launches.get(key)
         if launch is None:
             launch = make_launch(kernel, problem, tensors, alignment, self.machine)
+            if len(self._launches) >= MAX_LAUNCHES:
+                self._launches.clear()
             self._launches[key] = launch
         self.machine.run(launch, arrays)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 BATCH_AXES = 4
 
-#: Bounds of the band are clamped to this, further than any sequence is long.
+#: A side of the band without a limit, further than any sequence is long.
 BAND_LIMIT = 2**30
 
 TENSOR = np.dtype(

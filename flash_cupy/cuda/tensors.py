@@ -15,7 +15,7 @@ from ..problem import Problem
 from .params import ATTENTION_PARAMS, BAND_LIMIT, BATCH_AXES
 
 _AXES_AFTER_HEAD = {"lse": 1, "dlse": 1, "alibi_slopes": 0}
-_OF_Q_DTYPE = ("q", "k", "v", "o", "do_", "dq", "dk", "dv")
+OF_Q_DTYPE = ("q", "k", "v", "o", "do_", "dq", "dk", "dv")
 
 
 def axes_after_head(name: str) -> int:
@@ -108,10 +108,10 @@ def fill_params(problem: Problem, tensors: Mapping[str, Array]) -> NDArray[Any]:
 def access_bytes(tensors: Mapping[str, Array], addresses: int) -> int:
     """Return the widest access, in bytes, that divides every row of q, k, v, o and their gradients.
 
-    A row's address and its length both count. ``addresses`` is the bitwise or of the tensors'.
+    A row's address and its length both count. ``addresses`` is the bitwise or of these tensors'.
     """
     sizes = [addresses]
-    for name in _OF_Q_DTYPE:
+    for name in OF_Q_DTYPE:
         if name in tensors:
             x = tensors[name]
             sizes.append(x.shape[-1] * x.itemsize)
