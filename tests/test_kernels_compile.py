@@ -31,7 +31,9 @@ KERNELS = (*TILED, "row_dots", "store_dq")
 MAX_REGISTERS = 255
 
 # Kernels that use local memory, in bytes a thread: (kernel, element, head dim, mask, arch).
-LOCAL_MEMORY: dict[tuple[str, str, int, str, str], int] = {}
+LOCAL_MEMORY: dict[tuple[str, str, int, str, str], int] = {
+    ("attention_backward", "float", 128, "causal", "sm_120"): 8,
+}
 
 # One of each kernel, element type, mask and architecture; all of them are in the slow test.
 SOME = [
