@@ -546,6 +546,10 @@ PLANTED = {
         "if (threadIdx.x % 32 != 7) __shfl_sync(~0u, 1, 0);",
         r"divergence: .*__shfl_sync|deadlock",
     ),
+    "copy cut short": (
+        "copy_async<16>(shared_address(shared + 4 * threadIdx.x), x + 4 * threadIdx.x, 4);",
+        r"copy_async of 4 valid bytes out of 16, takes none or all",
+    ),
     "shuffle from a lane outside the mask": (
         "if (threadIdx.x % 2) __shfl_sync(0xaaaaaaaau, 1, 0);",
         r"shuffles from lane 0, not in the mask",

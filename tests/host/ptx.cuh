@@ -32,6 +32,9 @@ DEVICE void store_shared(uint32 address, T value) {
 template <int BYTES>
 DEVICE void copy_async(uint32 shared, const void* global, int valid_bytes) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    if (valid_bytes != 0 && valid_bytes != BYTES) {
+        host::fail("copy_async of %d valid bytes out of %d, takes none or all", valid_bytes, BYTES);
+    }
     host::issue_copy(shared, global, BYTES, valid_bytes);
 }
 
