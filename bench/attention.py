@@ -6,11 +6,15 @@ Each first runs once, which warms it up and gives its memory and its errors; the
 turn, call by call. Those that hold N×N matrices between passes are timed after that, one by one.
 
 All figures go to ``bench/results/<device>/<preset>.json`` after each cell, pictures beside it.
+
+``--preset overheads`` is another measurement: what compiling, loading and calling cost, see
+overheads.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -20,6 +24,7 @@ from typing import Any
 from accuracy import errors, reference, root_mean_square
 from cells import DIRECTIONS, DTYPES, MASKS, PRESETS, Cell, Grid, Preset
 from machine import array_module, describe, slug
+from overheads import measure_overheads, overheads_table
 from peers import Competitor, Inputs, competitors, random_inputs
 from pictures import save_pictures
 from report import OURS, Record, causal_over_full, failures, ratios, summary, summary_table, table
@@ -85,6 +90,7 @@ def time_group(
 
 def release(present: Sequence[Competitor]) -> None:
     """Free what the memory pools hold unused: a pool cannot use what another one keeps."""
+    gc.collect()  # what failed half-way may hang in the cycles of its traceback
     for competitor in present:
         competitor.release()
 
@@ -101,12 +107,16 @@ def measure_all(
     present: Sequence[Competitor],
     seconds: float,
 ) -> list[Record]:
-    """Measure the cells of a preset behind a progress bar, saving after each."""
+    """Measure the cells of a preset behind a progress bar, saving after each.
+
+    A competitor that runs out of memory, or fails otherwise, has the reason on record in the cell.
+    """
     records: list[Record] = []
     cells = list(dict.fromkeys(cell for grid in preset.grids for cell in grid.cells()))
     with tqdm(cells, unit="cell", mininterval=1) as bar:
         for cell in bar:
             bar.set_description(str(cell), refresh=False)
+            release(present)  # before the inputs: they can be had from one pool alone
             chosen = [
                 competitor
                 for competitor in present
@@ -129,6 +139,11 @@ def save(path: Path, header: dict[str, Any], records: list[Record]) -> None:
         "causal_over_full": causal_over_full(records),
         "cells": records,
     }
+    write_json(path, figures)
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write a file, all of it or none."""
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
@@ -150,18 +165,22 @@ def print_report(records: list[Record], timed: bool) -> None:
 
 # ------------------------------------------------------------------------------------ the program
 
+#: The preset that measures no cells.
+OVERHEADS = "overheads"
+
 
 def parser() -> argparse.ArgumentParser:
     """Define the options."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = options.add_argument
     add("--device", choices=("cpu", "gpu"), help="default: gpu where there is one, else cpu")
-    add("--preset", choices=list(PRESETS), help="default: peers on the GPU, cpu on the CPU")
+    add("--preset", choices=[*PRESETS, OVERHEADS], help="default: peers on the GPU, cpu on the CPU")
     add("--head-dims", type=int, nargs="+")
     add("--seqlens", type=int, nargs="+")
     add("--masks", choices=MASKS, nargs="+")
     add("--dtypes", choices=list(DTYPES), nargs="+")
     add("--directions", choices=list(DIRECTIONS), nargs="+", help="the passes")
+    add("--peers", nargs="*", metavar="NAME", help="'torch flash', say; none: flash_cupy alone")
     add("--batch", type=int, help="default: the preset's, or what makes 16k tokens")
     add("--heads", type=int, help="default: the preset's, or what makes 2048 features")
     add("--seconds", type=float, default=0.3, help="to time one competitor in one cell (0.3)")
@@ -194,15 +213,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         options.error(str(error))
 
-    name = args.preset or ("cpu" if xp.__name__ == "numpy" else "peers")
-    preset, axes = PRESETS[name], chosen_axes(args)
-    preset = replace(preset, grids=tuple(replace(grid, **axes) for grid in preset.grids))
     header = describe(xp)
     folder = args.out / slug(header["device"])
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{'custom' if axes else name}.json"
+    if args.preset == OVERHEADS:
+        path = folder / f"{OVERHEADS}.json"
+        for figures in measure_overheads(xp):
+            write_json(path, {"header": header, **figures})
+        print(f"{overheads_table(figures)}\nwritten {path}")
+        return 0
 
-    records = measure_all(path, header, preset, competitors(xp), args.seconds)
+    name = args.preset or ("cpu" if xp.__name__ == "numpy" else "peers")
+    present = competitors(xp)
+    unknown = set(args.peers or ()) - {competitor.name for competitor in present}
+    if unknown:
+        options.error(
+            f"--peers: {', '.join(sorted(unknown))}: not one of those on this machine, "
+            + ", ".join(competitor.name for competitor in present)
+        )
+    preset, axes = PRESETS[name], chosen_axes(args)
+    preset = replace(preset, grids=tuple(replace(grid, **axes) for grid in preset.grids))
+    if args.peers is not None:
+        preset = replace(preset, peers=tuple(args.peers))
+    custom = axes or args.peers is not None
+    path = folder / f"{'custom' if custom else name}.json"
+
+    records = measure_all(path, header, preset, present, args.seconds)
     print_report(records, preset.timed)
     for written in (path, *save_pictures(path, header, records)):
         print(f"written {written}")

@@ -101,10 +101,7 @@ _FLOAT32 = ("float32", "tf32")
 _DOUBLING = tuple(2**n for n in range(10, 18))
 
 PRESETS = {
-    # Beside fused peers only: those that hold N×N matrices leave no memory at the longest.
-    "peers": Preset(
-        (Grid((64, 128, 256), (512, 2048, 8192, 16384)),), peers=("torch cuDNN", "torch flash")
-    ),
+    "peers": Preset((Grid((64, 128, 256), (512, 2048, 8192, 16384)),)),
     "quick": Preset((Grid((128,), (2048,)),)),
     "dtypes": Preset(
         (

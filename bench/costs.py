@@ -17,13 +17,40 @@ import flash_cupy
 SECONDS = 0.3  # for timing one attention at one context length
 
 
-def dense_vjp(q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Callable[..., Any]]:
-    """Do what `flash_cupy.attention_vjp` does by the plain N×N computation."""
-    o = flash_cupy.dense_attention(q, k, v, **options)
-    return o, lambda do: flash_cupy.dense_attention_backward(do, q, k, v, **options)
+def flash_vjp(
+    q: Array, k: Array, v: Array, *, out: Array | None = None, **options: Any
+) -> tuple[Array, Callable[..., Any]]:
+    """Do what `flash_cupy.attention_vjp` does; the gradients too go where the caller says."""
+    o, lse = flash_cupy.attention_forward(q, k, v, out=(out, None), **options)
+
+    def backprop(do: Array, out: tuple[Array, ...] | None = None) -> tuple[Array, ...]:
+        return flash_cupy.attention_backward(do, q, k, v, o, lse, out=out, **options)
+
+    return o, backprop
 
 
-ATTENTIONS: dict[str, Attend] = {"flash": flash_cupy.attention_vjp, "dense": dense_vjp}
+def dense_vjp(
+    q: Array, k: Array, v: Array, *, out: Array | None = None, **options: Any
+) -> tuple[Array, Callable[..., Any]]:
+    """Do what `flash_vjp` does by the plain N×N computation."""
+    o = placed((flash_cupy.dense_attention(q, k, v, **options),), out if out is None else (out,))[0]
+
+    def backprop(do: Array, out: tuple[Array, ...] | None = None) -> tuple[Array, ...]:
+        return placed(flash_cupy.dense_attention_backward(do, q, k, v, **options), out)
+
+    return o, backprop
+
+
+def placed(results: tuple[Array, ...], out: tuple[Array, ...] | None) -> tuple[Array, ...]:
+    """Copy results to the arrays `out`, if any."""
+    if out is None:
+        return results
+    for x, result in zip(out, results, strict=True):
+        x[...] = result
+    return tuple(out)
+
+
+ATTENTIONS: dict[str, Attend] = {"flash": flash_vjp, "dense": dense_vjp}
 
 
 def attention_named(name: str, xp: Any) -> Attend:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from transformer import Array, array_module
+import numpy as np
+from transformer import Array, array_module, operations
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Schedule:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019) and clipped gradients.
 
-    Everything is in place, on whole vectors: a step costs no memory beyond one scratch vector.
-
     Parameters
     ----------
     value, grad
         Flat vectors of all parameters and of their gradients; `value` changes in place.
     decayed
         How many parameters, from the first, the decay pulls towards zero.
+    work
+        Copy of `value`, perhaps in another dtype, that is to follow it.
     clip
         The gradient is scaled down to this Euclidean norm where it is longer.
     """
@@ -44,6 +45,7 @@ class AdamW:
         value: Array,
         grad: Array,
         decayed: int,
+        work: Array | None = None,
         *,
         beta1: float = 0.9,
         beta2: float = 0.95,
@@ -52,35 +54,35 @@ class AdamW:
         clip: float = 1.0,
     ) -> None:
         self.xp = array_module(value)
-        self.value, self.grad, self.decayed = value, grad, decayed
-        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.decay, self.clip = decay, clip
+        self.value, self.grad = value, grad
+        self.work = value if work is None else work
+        self.beta1, self.beta2 = beta1, beta2
         self.mean = self.xp.zeros_like(value)
         self.square = self.xp.zeros_like(value)
-        self.scratch = self.xp.empty_like(value)
         self.steps = 0
+        self.adamw = operations(self.xp).adamw
+        self._options = {
+            "decayed": decayed,
+            "beta1": beta1,
+            "beta2": beta2,
+            "epsilon": epsilon,
+            "decay": decay,
+            "clip": clip,
+        }
+
+    def constants(self, step: int, learning_rate: float) -> np.ndarray:
+        """Return the numbers that change from step to step, for the step 0, 1, ..."""
+        t = step + 1
+        corrections = 1 / (1 - self.beta1**t), 1 / (1 - self.beta2**t)
+        return np.array([learning_rate, *corrections], self.value.dtype)
 
     def step(self, learning_rate: float) -> None:
-        """Move `value` against `grad`, which is zero afterwards, ready for the next backprop."""
-        xp, value, grad, scratch = self.xp, self.value, self.grad, self.scratch
+        """Move `value` against `grad`, which is zero afterwards, ready for the next gradients."""
+        self.apply(self.xp.asarray(self.constants(self.steps, learning_rate)))
         self.steps += 1
 
-        # The norm stays an array: on a GPU the step never waits for the device.
-        grad *= xp.minimum(1.0, self.clip / xp.sqrt(grad @ grad + self.epsilon**2))
-
-        # mean ← β₁·mean + (1 − β₁)·grad, square ← β₂·square + (1 − β₂)·grad²
-        self.mean *= self.beta1
-        self.mean += xp.multiply(grad, 1 - self.beta1, out=scratch)
-        self.square *= self.beta2
-        grad *= grad
-        self.square += xp.multiply(grad, 1 - self.beta2, out=scratch)
-
-        # value ← value − rate·(mean/(1 − β₁ᵗ) / (√(square/(1 − β₂ᵗ)) + ε) + decay·value)
-        xp.sqrt(self.square, out=scratch)
-        scratch *= 1 / math.sqrt(1 - self.beta2**self.steps)
-        scratch += self.epsilon
-        xp.divide(self.mean, scratch, out=scratch)
-        scratch *= learning_rate / (1 - self.beta1**self.steps)
-        value[: self.decayed] *= 1 - learning_rate * self.decay
-        value -= scratch
-        grad.fill(0)
+    def apply(self, constants: Array) -> None:
+        """Do a step whose constants are an array on the device: such a step can be recorded."""
+        self.adamw(
+            self.value, self.grad, self.mean, self.square, self.work, constants, **self._options
+        )

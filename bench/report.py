@@ -30,6 +30,18 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {} if ours is None else {name: ms / ours for name, ms in times.items()}
 
 
+def error_ratio(results: dict[str, dict[str, Any]], peer: str) -> float | None:
+    """Largest ratio of our error to a peer's, of the arrays that a pass returns; None if unknown.
+
+    The errors are root mean squares against float64. An exact peer has no ratio.
+    """
+    ours, theirs = (results.get(name, {}).get("errors", {}) for name in (OURS, peer))
+    return max(
+        (ours[name]["rms"] / error["rms"] for name, error in theirs.items() if error["rms"]),
+        default=None,
+    )
+
+
 def peers_of(records: Sequence[Record]) -> list[str]:
     """Name the other competitors in the order in which they appear."""
     names = dict.fromkeys(name for record in records for name in record["results"])
@@ -37,7 +49,7 @@ def peers_of(records: Sequence[Record]) -> list[str]:
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Geometric mean and worst cell of our ratio to each peer, by dtype and pass."""
+    """Geometric mean and worst cell of our ratio to each peer, and of errors, by dtype and pass."""
     rows = []
     groups = dict.fromkeys((record["dtype"], record["direction"]) for record in records)
     for dtype, direction in groups:
@@ -47,6 +59,8 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             if not met:
                 continue
             worst = min(met, key=lambda record: record["ratios"][peer])
+            errors = (error_ratio(record["results"], peer) for record in met)
+            known_errors = [error for error in errors if error is not None]
             by_head_dim = {
                 str(d): geometric_mean(r["ratios"][peer] for r in met if r["head_dim"] == d)
                 for d in sorted({record["head_dim"] for record in met})
@@ -63,6 +77,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
                         "ratio": worst["ratios"][peer],
                         **{key: worst[key] for key in ("head_dim", "seqlen", "mask")},
                     },
+                    "worst_error_ratio": max(known_errors, default=None),
                 }
             )
     return rows
@@ -133,9 +148,10 @@ def table(records: Sequence[Record], quantity: str) -> str:
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay out a `summary`."""
-    lines = [["dtype", "pass", "ours over", "cells", "mean", "worst", "where", "mean by D"]]
+    head = ["dtype", "pass", "ours over", "cells", "mean", "worst", "where", "mean by D"]
+    lines = [[*head, "our error / theirs"]]
     for row in rows:
-        worst = row["worst"]
+        worst, error = row["worst"], row["worst_error_ratio"]
         lines.append(
             [
                 *(str(row[key]) for key in ("dtype", "direction", "peer", "cells")),
@@ -143,6 +159,7 @@ def summary_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{worst['ratio']:.2f}",
                 f"D{worst['head_dim']} N{worst['seqlen']} {worst['mask']}",
                 ", ".join(f"{d}: {mean:.2f}" for d, mean in row["by_head_dim"].items()),
+                "-" if error is None else f"{error:.2f}",
             ]
         )
     return align(lines)

@@ -73,8 +73,7 @@ class Run:
         optimizer = AdamW(parameters.value, parameters.grad, parameters.matrix_size)
         windows = text.batches(self.training, self.batch, self.config.context, self.seed)
         for step, (tokens, targets) in enumerate(islice(windows, self.schedule.steps)):
-            loss, backprop = model.loss(xp.asarray(tokens), xp.asarray(targets))
-            backprop()
+            loss = model.gradients(xp.asarray(tokens), xp.asarray(targets))
             optimizer.step(self.schedule(step))
             yield loss  # an array: a GPU may still be computing it
 
@@ -83,7 +82,7 @@ class Run:
         windows = text.batches(self.validation, self.batch, self.config.context, seed=0)
         batches = islice(windows, max(1, VALIDATION_WINDOWS // self.batch))
         losses = [
-            float(model.loss(self.xp.asarray(tokens), self.xp.asarray(targets))[0])
+            float(model.loss(self.xp.asarray(tokens), self.xp.asarray(targets)))
             for tokens, targets in batches
         ]
         return sum(losses) / len(losses)
@@ -121,7 +120,8 @@ def generate(model: Transformer, prompt: bytes, length: int, temperature: float,
     tokens = list(prompt)
     for _ in range(length):
         window = model.xp.asarray([tokens[-model.config.context :]])
-        logits = np.asarray(model.next_logits(window)[0].tolist()) / temperature
+        last = model.xp.asarray([window.size - 1])
+        logits = np.asarray(model.logits(window, last)[0].tolist()) / temperature
         p = np.exp(logits - logits.max())
         tokens.append(int(rng.choice(len(p), p=p / p.sum())))
     return bytes(tokens).decode("utf-8", errors="replace")

@@ -26,7 +26,7 @@ from . import (
     dense_attention_forward,
 )
 from .arrays import Array, dtypes
-from .gpu import why_no_gpu
+from .gpu import nvrtc_build, why_no_cuda, why_no_gpu
 from .problem import Device
 
 HEADS, SEQLEN, HEAD_DIM = 1, 1024, 64
@@ -66,10 +66,10 @@ class Check:
 
 def main() -> int:
     """Print what is here, run the checks, return the exit status."""
-    gpu = why_no_gpu()
     print(f"flash_cupy {__version__} on Python {platform.python_version()}, {_versions()}")
-    print(f"GPU: {_gpu_name() if gpu is None else f'none, because {gpu}'}")
-    devices: list[Device] = ["cpu"] if gpu is not None else ["cpu", "gpu"]
+    for line in _gpus():
+        print(line)
+    devices: list[Device] = ["cpu"] if why_no_gpu() is not None else ["cpu", "gpu"]
     print(f"engines: {', '.join(devices)}\n")
     print(
         f"Forward and backward, {HEADS} head(s), N {SEQLEN}, D {HEAD_DIM}, beside dense attention:"
@@ -98,13 +98,26 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _gpu_name() -> str:
+def _gpus() -> Iterator[str]:
+    """Say what CUDA this is and which GPUs there are, or why the CUDA engine cannot use them."""
+    reason = why_no_cuda()
+    if reason is not None:
+        yield f"GPU: none, because {reason}"
+        return
     import cupy
 
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    nvrtc = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
-    name = properties["name"].decode()
-    return f"{name}, compute capability {properties['major']}.{properties['minor']}, NVRTC {nvrtc}"
+    runtime = cupy.cuda.runtime
+    driver, nvrtc = runtime.driverGetVersion(), ".".join(map(str, nvrtc_build()))
+    yield f"CUDA: driver for {driver // 1000}.{driver % 1000 // 10}, NVRTC {nvrtc}"
+    for number in range(runtime.getDeviceCount()):
+        properties = runtime.getDeviceProperties(number)
+        with cupy.cuda.Device(number):
+            unfit = why_no_gpu()
+        yield (
+            f"GPU {number}: {properties['name'].decode()}, compute capability "
+            f"{properties['major']}.{properties['minor']}"
+            + ("" if unfit is None else f"; not used, because {unfit}")
+        )
 
 
 def _checks(devices: list[Device]) -> Iterator[Check]:
@@ -171,7 +184,9 @@ def _gpu_peak(run: Callable[[], object]) -> int:
     pool = cupy.cuda.MemoryPool()
     with cupy.cuda.using_allocator(pool.malloc):
         run()
-    return int(pool.total_bytes())
+    peak = int(pool.total_bytes())
+    pool.free_all_blocks()  # while it lives: split blocks of a pool that is gone stay allocated
+    return peak
 
 
 if __name__ == "__main__":

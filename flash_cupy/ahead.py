@@ -6,9 +6,12 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from .arrays import dtypes
 from .attention import attention_backward, attention_forward
 from .gpu import why_no_gpu
+from .problem import Precision
 
 
 def compile(
@@ -20,6 +23,7 @@ def compile(
     alibi: bool = False,
     backward: bool = True,
     deterministic: bool = False,
+    precision: Precision | None = None,
     progress: bool = True,
 ) -> None:
     """Compile, on the current GPU, the kernels of calls that are going to be made.
@@ -30,7 +34,7 @@ def compile(
     Parameters
     ----------
     head_dims : iterable of int or (int, int)
-        D of the calls, or (D, Dv).
+        D of the calls, or (D, Dv); 1 to 256.
     dtype : dtype
         Of q, k and v: float16, bfloat16, float32 or float64.
     masks : sequence of bool
@@ -38,28 +42,36 @@ def compile(
     softcap, alibi : bool
         Whether the calls have these options.
     backward : bool
-        Whether gradients are asked for, ``deterministic`` ones or not.
+        Whether gradients are asked for, too.
+    deterministic : bool
+        Whether the backward calls will be ``deterministic``.
+    precision : {'tf32'}, optional
+        The ``precision`` of the calls.
     progress : bool
         Show a progress bar (where tqdm is installed).
 
     Raises
     ------
+    TypeError
+        A dtype that attention does not take, options of a wrong type.
     ValueError
-        There is no GPU to compile for, a dtype or head dim that the GPU does not take.
+        There is no GPU to compile for (the message says why and what to do); a head dim or a
+        precision that the GPU does not take.
 
     Examples
     --------
     >>> import flash_cupy
     >>> flash_cupy.compile([64, 128], "float16")  # doctest: +SKIP
+    >>> flash_cupy.compile([(192, 128)], "float32", precision="tf32")  # doctest: +SKIP
     """
+    known = dtypes()  # first, for it is what lets NumPy understand 'bfloat16'
+    if np.dtype(dtype) not in known:
+        raise TypeError(f"dtype: got {dtype}, takes float16, bfloat16, float32 or float64")
     reason = why_no_gpu()
     if reason is not None:
         raise ValueError(f"no GPU to compile for: {reason}")
     import cupy
-    import numpy as np
 
-    if np.dtype(dtype) not in dtypes():
-        raise ValueError(f"dtype: got {dtype}, takes float16, bfloat16, float32 or float64")
     pairs = [(d, d) if isinstance(d, int) else d for d in head_dims]
     slopes = cupy.zeros(1, np.float32) if alibi else None
     calls = list(itertools.product(pairs, masks))
@@ -70,6 +82,7 @@ def compile(
             "causal": mask,
             "softcap": 1.0 if softcap else None,
             "alibi_slopes": slopes,
+            "precision": precision,
         }
         o, lse = attention_forward(q, k, v, **options)
         if backward:

@@ -29,12 +29,14 @@ def attention(
 
     The layout follows `numpy.matmul`: the last two axes are (sequence, feature), the axis before
     them is the head, all others are batch axes, which broadcast. ``(N, D)`` and ``(H, N, D)`` are
-    accepted. Arrays may have any strides: pass a ``(B, N, H, D)`` array as ``x.swapaxes(1, 2)``.
+    accepted. Arrays may have any strides: pass a ``(B, N, H, D)`` array as ``x.swapaxes(1, 2)``,
+    which is read in place; only a last axis that is not contiguous costs a copy on the GPU.
 
     Parameters
     ----------
     q : array, (*batch, H, Nq, D)
-        Queries: a NumPy or CuPy array of float16, bfloat16 (ml_dtypes), float32 or float64.
+        Queries: a NumPy or CuPy array of float16, bfloat16 (ml_dtypes), float32 or float64. D and
+        Dv are at least 1, and on the GPU at most 256.
     k : array, (*batch, Hkv, Nk, D)
         Keys, of q's dtype. H is a multiple of Hkv; query head h reads key head h // (H / Hkv).
     v : array, (*batch, Hkv, Nk, Dv)
@@ -43,27 +45,33 @@ def attention(
         Query i sees key j only where ``j <= i + Nk - Nq``: aligned at the bottom right, so that
         the last query sees the last key.
     window : (left, right), optional
-        Query i sees key j only where ``i + Nk - Nq - left <= j <= i + Nk - Nq + right``, each side
-        inclusive; None on a side is unlimited.
+        Query i sees key j only where ``i + Nk - Nq - left <= j <= i + Nk - Nq + right``: whole
+        numbers >= 0, each side inclusive; None on a side is unlimited. Beside causal both hold.
     scale : float, optional
-        Factor on ``q k^T``; ``1 / sqrt(D)`` by default.
+        Factor on ``q k^T``, finite and >= 0; ``1 / sqrt(D)`` by default.
     softcap : float, optional
-        Scores become ``softcap * tanh(score / softcap)``, after scale and before masks [2]_.
+        Scores become ``softcap * tanh(score / softcap)``, after scale and before ALiBi and masks
+        [2]_; finite and > 0.
     alibi_slopes : array, (H,) or (*batch, H), optional
-        Adds ``-slope * |i + Nk - Nq - j|`` to the scores [3]_; float32 or float64.
+        Adds ``-slope * |i + Nk - Nq - j|`` to the scores [3]_; float32 or float64, of the same
+        library as q. Slopes get no gradient.
     out : array, (*batch, H, Nq, Dv), optional
-        Where to write the result. Must not overlap an input.
+        Where to write the result: of q's dtype and array type, of any strides. Must overlap
+        neither an input nor itself.
     device : {'cpu', 'gpu'}, optional
-        Where NumPy arrays are computed: by default on the GPU when there is one. CuPy arrays are
-        always computed on the GPU they are on, on the current stream.
+        Where NumPy arrays are computed: by default on the current GPU when there is one that
+        `flash_cupy` runs on and D and Dv are at most 256, else on the CPU. CuPy arrays are always
+        computed on the GPU they are on, which must be the current device.
     precision : {'tf32'}, optional
         Let the GPU round float32 operands of products to TF32 (10 bits after the point), which is
-        faster. By default float32 means float32 accuracy. The CPU engine always has that.
+        faster. By default float32 means float32 accuracy. The CPU engine always has that; other
+        dtypes take None only.
 
     Returns
     -------
     o : array, (*batch, H, Nq, Dv)
-        Of q's dtype and array type. A row that sees no key is 0.
+        Of q's dtype and array type; without a head axis where q, k and v all are (N, D). A row
+        that sees no key is 0. NaN and inf in an input reach exactly the rows that see them.
 
     Raises
     ------
@@ -71,11 +79,23 @@ def attention(
         Not NumPy or CuPy arrays, a mixture of both, unsupported or mixed dtypes, options of a
         wrong type.
     ValueError
-        Shapes that do not fit together, options out of range, a device that is not there.
+        Shapes that do not fit together, options out of range, an unfit out, CuPy arrays that are
+        not on the current device, a device that is not there (the message says why and what to
+        do), a problem that the GPU has no kernel for.
 
     Notes
     -----
+    With d = i + Nk - Nq - j, over the keys j that query i sees::
+
+        S_ij = softcap(scale * q_i . k_j) - slope * |d|
+        L_i = log(sum_j exp(S_ij))                  o_i = sum_j exp(S_ij - L_i) v_j
+
     Computed tile by tile with online softmax [1]_, so that the N x N matrix of scores never exists.
+    Scores and sums are float32, of float64 input float64.
+
+    On CuPy arrays the work is put on the current stream, without synchronisation. The first call
+    of a kind compiles its kernel, which takes a second or two, or loads it from CuPy's disk cache;
+    `flash_cupy.compile` does that ahead. After that a call can be captured in a CUDA graph.
 
     References
     ----------
@@ -119,7 +139,8 @@ def attention_forward(
     q, k, v, causal, window, scale, softcap, alibi_slopes, device, precision
         As in `attention`.
     out : (o, lse), optional
-        Arrays to write the results to, None for one to be allocated.
+        Arrays to write the results to, None for one to be allocated; they overlap neither an input
+        nor each other.
 
     Returns
     -------
@@ -171,20 +192,25 @@ def attention_backward(
         Gradient with respect to o, of q's dtype.
     q, k, v, causal, window, scale, softcap, alibi_slopes, device, precision
         As given to `attention_forward`.
-    o, lse
-        What `attention_forward` returned.
+    o : array, (*batch, H, Nq, Dv)
+    lse : array, (*batch, H, Nq)
+        What `attention_forward` returned for them.
     dlse : array, (*batch, H, Nq), optional
         Gradient with respect to lse, of lse's dtype; zero by default.
     deterministic : bool
-        Make equal calls give equal bits, in memory linear in N. The CPU engine always does.
+        Make equal calls on the same device give equal bits, in memory linear in N. By default the
+        GPU sums dq in whatever order its blocks get there, which is faster; the CPU engine always
+        gives equal bits.
     out : (dq, dk, dv), optional
-        Arrays to write the results to, None for one to be allocated.
+        Arrays to write the results to, None for one to be allocated; they overlap neither an input
+        nor each other.
 
     Returns
     -------
     dq, dk, dv : arrays
-        With the shapes and the dtype of q, k and v. Summed over the query heads that share a key
-        head, and over axes along which an input was broadcast.
+        With the shapes, the dtype and the array type of q, k and v. Summed over the query heads
+        that share a key head, and over axes along which an input was broadcast. Rows that see no
+        key, and keys that no row sees, get 0.
 
     Raises
     ------
@@ -197,6 +223,10 @@ def attention_backward(
 
         dv_j = sum_i P_ij do_i                      dS_ij = P_ij (do_i . v_j - D_i)
         dq_i = scale * sum_j dS_ij k_j              dk_j = scale * sum_i dS_ij q_i
+
+    With a softcap c, dS_ij has the derivative ``1 - tanh(scale * q_i . k_j / c)^2`` as a further
+    factor. S and P are never stored; beside its results the backward pass takes O(N) numbers a
+    head, and by default on the GPU a copy of dq in float32 (of float64 input in float64).
 
     References
     ----------
@@ -213,6 +243,7 @@ def attention_vjp(
     k: Array,
     v: Array,
     *,
+    deterministic: bool = False,
     causal: bool = False,
     window: Window | None = None,
     scale: float | None = None,
@@ -228,14 +259,17 @@ def attention_vjp(
     ----------
     q, k, v, causal, window, scale, softcap, alibi_slopes, out, device, precision
         As in `attention`.
+    deterministic : bool
+        Make equal calls of backprop give equal bits, see `attention_backward`.
 
     Returns
     -------
     o : array, (*batch, H, Nq, Dv)
         As in `attention`.
     backprop : callable
-        ``backprop(do)`` returns ``(dq, dk, dv)``, as `attention_backward` does. It holds q, k, v,
-        o and lse, which must stay unchanged until it is called.
+        ``backprop(do)``, with do like o, returns ``(dq, dk, dv)``, as `attention_backward` does,
+        and may be called any number of times. It holds q, k, v, o and lse (and alibi_slopes), which
+        must stay unchanged until then.
 
     Raises
     ------
@@ -250,12 +284,13 @@ def attention_vjp(
     >>> o, backprop = attention_vjp(q, k, v, causal=True)
     >>> dq, dk, dv = backprop(np.ones_like(o))
     """
+    check_flag("deterministic", deterministic)
     options = Options(causal, window, scale, softcap, alibi_slopes, device, precision)
     problem = Problem.of(q, k, v, options)
     o, lse = _forward(problem, q, k, v, alibi_slopes, None if out is None else (out, None))
 
     def backprop(do: Array) -> tuple[Array, Array, Array]:
-        return _backward(problem, do, q, k, v, alibi_slopes, o, lse)
+        return _backward(problem, do, q, k, v, alibi_slopes, o, lse, deterministic=deterministic)
 
     return o, backprop
 

@@ -25,7 +25,8 @@ Window = tuple[int | None, int | None]
 Device = Literal["cpu", "gpu"]
 Precision = Literal["tf32"]
 
-#: What the accumulators of a tile leave room for in the registers of a GPU.
+#: What the accumulators of a tile leave room for in the registers of a GPU; the widest kernels in
+#: cuda/plan.py.
 MAX_GPU_HEAD_DIM = 256
 
 
@@ -93,6 +94,8 @@ class Problem:
             softcap,
             *((None, None) if slopes is None else (slopes.shape, slopes.dtype)),
             precision,
+            # Not asked by those who want the CPU: the answer takes an import of CuPy.
+            None if isinstance(device, str) and device == "cpu" else why_no_gpu(),
         )
         try:
             return _problem(*call)
@@ -217,11 +220,15 @@ def _problem(
     slopes: tuple[int, ...] | None,
     slopes_dtype: np.dtype[Any] | None,
     precision: Precision | None,
+    no_gpu: str | None,
 ) -> Problem:
-    """Check all that depends on nothing but the arguments given here: of arrays, their shapes."""
+    """Check all that depends on nothing but the arguments given here.
+
+    Of arrays these are shapes and dtypes; of the current device, why it is none, see `why_no_gpu`.
+    """
     _check_axes(q, k, v)
     fits_gpu = max(q[-1], v[-1]) <= MAX_GPU_HEAD_DIM
-    device = _resolve_device(kind, device, fits_gpu)
+    device = _resolve_device(kind, device, fits_gpu, no_gpu)
     if device == "gpu" and not fits_gpu:
         raise ValueError(
             f"q and v: got head dims {q[-1]} and {v[-1]}, takes at most {MAX_GPU_HEAD_DIM} on the "
@@ -393,7 +400,9 @@ def _check_precision(precision: Precision | None, dtype: np.dtype[Any]) -> Preci
     return precision
 
 
-def _resolve_device(kind: arrays.Kind, device: Device | None, fits_gpu: bool) -> Device:
+def _resolve_device(
+    kind: arrays.Kind, device: Device | None, fits_gpu: bool, no_gpu: str | None
+) -> Device:
     """NumPy arrays run on the GPU where there is one; CuPy arrays stay where they are."""
     _check_choice("device", device, get_args(Device))
     if kind == "cupy" and device == "cpu":
@@ -403,11 +412,10 @@ def _resolve_device(kind: arrays.Kind, device: Device | None, fits_gpu: bool) ->
         )
     if device == "cpu" or (device is None and kind == "numpy" and not fits_gpu):
         return "cpu"
-    reason = why_no_gpu()
-    if reason is None:
+    if no_gpu is None:
         return "gpu"
     if kind == "cupy":
-        raise ValueError(f"q, k and v: got CuPy arrays, but {reason}")
+        raise ValueError(f"q, k and v: got CuPy arrays, but {no_gpu}")
     if device == "gpu":
-        raise ValueError(f"device: got 'gpu', but {reason}; takes 'cpu' or None here")
+        raise ValueError(f"device: got 'gpu', but {no_gpu}; takes 'cpu' or None here")
     return "cpu"

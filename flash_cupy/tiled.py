@@ -153,7 +153,8 @@ def _scores(
     problem: Problem, rows: slice, cols: slice, q_i: Floats, k_j: Floats, slopes: Floats | None
 ) -> _Scores:
     """Compute one tile of S from scaled queries: softcap, then ALiBi, then the mask."""
-    s = q_i @ k_j.mT
+    # With all batch axes, of which q and k may have none where v or the slopes have them.
+    s = np.broadcast_to(q_i, (*problem.batch, *q_i.shape[-3:])) @ k_j.mT
     ds_factor: Floats | float = 1.0
     if problem.softcap is not None:
         s /= problem.softcap

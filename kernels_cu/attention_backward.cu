@@ -54,7 +54,9 @@ template <class Config>
 struct Backward {
     using T = typename Config::Element;
     using M = Mma<T>;
+    using Element = typename M::Operand;
     using Real = typename M::Real;
+    using Factor = typename M::Factor;
     // What a warp owns of each matrix, in blocks of 16.
     static constexpr int KEY_BLOCKS = Config::TILE_N / (16 * Config::KEY_WARPS);
     static constexpr int QUERY_BLOCKS = Config::TILE_M / (16 * Config::QUERY_WARPS);
@@ -72,19 +74,22 @@ struct Backward {
                   "the warps share out every matrix in whole blocks");
     static constexpr bool P_IN_REGISTERS = Config::COL_WARPS == 1;
 
-    using KTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM>;
-    using VTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM_V>;
-    using QTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM>;
-    using DoTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM_V>;
-    using WeightTile = SharedTile<T, Config::TILE_N, Config::TILE_M>;  // dS^T, P^T
+    using KTile = SharedTile<Element, Config::TILE_N, Config::HEAD_DIM>;
+    using VTile = SharedTile<Element, Config::TILE_N, Config::HEAD_DIM_V>;
+    using QTile = SharedTile<Element, Config::TILE_M, Config::HEAD_DIM>;
+    using DoTile = SharedTile<Element, Config::TILE_M, Config::HEAD_DIM_V>;
+    using WeightTile = SharedTile<Element, Config::TILE_N, Config::TILE_M>;  // dS^T, P^T
     using Terms = RowTerms<Real>;
 
     // The tensors of query heads. Where they begin for the first head of the group stands in shared
     // memory: registers are what this kernel is short of.
     enum Origin { Q, DO, TERMS, DQ_SUM, ORIGINS };
 
+    using BlockOperands = Operands<Element, Config::THREADS, Config::ACCESS_BYTES>;
+
     // Shared memory, in this order; of the last two only what the warps exchange.
-    static constexpr int K_OFFSET = ORIGINS * static_cast<int>(sizeof(void*));
+    static constexpr int OPERANDS_OFFSET = ORIGINS * static_cast<int>(sizeof(void*));
+    static constexpr int K_OFFSET = OPERANDS_OFFSET + BlockOperands::SHARED_BYTES;
     static constexpr int V_OFFSET = K_OFFSET + KTile::BYTES;
     static constexpr int Q_OFFSET = V_OFFSET + VTile::BYTES;
     static constexpr int DO_OFFSET = Q_OFFSET + Config::STAGES * QTile::BYTES;
@@ -164,6 +169,13 @@ struct Backward {
     }
     DEVICE WeightTile p_tile() const {
         return {shared + P_OFFSET};
+    }
+
+    DEVICE BlockOperands operands() const {
+        return {shared + OPERANDS_OFFSET};
+    }
+    DEVICE Factor inverse(Tensors tensor) const {  // of the scale of its present tile
+        return operands().scale(tensor).inverse;
     }
 
     // A query head of the group; the group's key head.
@@ -250,6 +262,24 @@ struct Backward {
         }
     }
 
+    // The scale of dS in a step.
+    DEVICE Scale<Factor> scale_of_ds(int stage) const {
+        if constexpr (!BlockOperands::SPLIT) {
+            return {};
+        } else {
+            uint32 largest_dot = 0;
+#pragma unroll
+            for (int i = threadIdx.x % WARP; i < Config::TILE_M; i += WARP) {
+                const Terms row =
+                    load_shared<Terms>(terms(stage) + i * static_cast<int>(sizeof(Terms)));
+                largest_dot = max(largest_dot, finite_bits(row.dot));
+            }
+            return M::scale_of(largest_ds<Config>(params, operands().scale(OF_DO).largest,
+                                                  operands().scale(OF_V).largest,
+                                                  bit_cast<float>(warp_max(largest_dot))));
+        }
+    }
+
     // Zeros where a query does not see a key, or one of them does not exist.
     DEVICE void mask(Scores& p, Scores& ds, int32 tile) const {
         // Queries are counted from the lane's first, so that they are constants.
@@ -273,14 +303,16 @@ struct Backward {
     // acc += weights^T b, weights being this warp's in registers or all warps' in a tile.
     template <class BTile, int COL_BLOCKS>
     DEVICE void add_weighted(Accumulator<Real> (&acc)[KEY_BLOCKS][COL_BLOCKS],
-                             const Scores& weights, WeightTile tile, BTile b) const {
-        add_weighted_rows<P_IN_REGISTERS ? QUERY_BLOCKS : Config::UNROLL>(
+                             const Scores& weights, Scale<Factor> scale, WeightTile tile, BTile b,
+                             Factor b_inverse) const {
+        add_weighted_rows<M, P_IN_REGISTERS ? QUERY_BLOCKS : Config::UNROLL>(
             acc,
             [&](int i, int k) {
-                return P_IN_REGISTERS ? M::to_a(weights[i][P_IN_REGISTERS ? k / 16 : 0])
-                                      : M::reload_a(tile, warp_key() + 16 * i, k);
+                return P_IN_REGISTERS
+                           ? M::to_a(weights[i][P_IN_REGISTERS ? k / 16 : 0], scale.factor)
+                           : M::reload_a(tile, warp_key() + 16 * i, k);
             },
-            b, 16 * COL_BLOCKS * warp_col());
+            b, 16 * COL_BLOCKS * warp_col(), scale.inverse * b_inverse);
     }
 
     // One tile of queries, and the loads of the next; `partial`: some query does not see some key.
@@ -288,39 +320,42 @@ struct Backward {
         const bool has_next = next.head < params.group;
         // All that this step reads has landed, and no warp reads any more what is loaded next.
         wait_copies<0>();
-        __syncthreads();
+        operands().make(operand(q_tile(stage), OF_Q), operand(do_tile(stage), OF_DO));
         if (Config::STAGES > 1 && has_next) load_queries(next, 1 - stage);
 
         Scores p = {}, ds = {};
-        multiply_rows<Config::UNROLL>(p, k_tile(), warp_key(), q_tile(stage), warp_query());
-        multiply_rows<Config::UNROLL>(ds, v_tile(), warp_key(), do_tile(stage), warp_query());
+        multiply_rows<M, Config::UNROLL>(p, k_tile(), warp_key(), q_tile(stage), warp_query(),
+                                         inverse(OF_K) * inverse(OF_Q));
+        multiply_rows<M, Config::UNROLL>(ds, v_tile(), warp_key(), do_tile(stage), warp_query(),
+                                         inverse(OF_V) * inverse(OF_DO));
         differentiate(p, ds, place.tile, stage);
         if (partial) mask(p, ds, place.tile);
+        const Scale<Factor> p_scale = M::scale_of(1), ds_scale = scale_of_ds(stage);
         if (warp_col() < Config::QUERY_WARPS) {
             if constexpr (!P_IN_REGISTERS) {
-                store_accumulators(p_tile(), warp_key(), warp_query(), p, Real(1));
+                store_accumulators(p_tile(), warp_key(), warp_query(), p, p_scale.factor);
             }
             if constexpr (!P_IN_REGISTERS || Config::SUM_DQ) {
-                store_accumulators(ds_tile(), warp_key(), warp_query(), ds, Real(1));
+                store_accumulators(ds_tile(), warp_key(), warp_query(), ds, ds_scale.factor);
             }
         }
 
         const bool nonfinite = partial && remove_nonfinites(stage);
         if constexpr (!P_IN_REGISTERS) __syncthreads();
-        add_weighted(dv, p, p_tile(), do_tile(stage));
-        add_weighted(dk, ds, ds_tile(), q_tile(stage));
+        add_weighted(dv, p, p_scale, p_tile(), do_tile(stage), inverse(OF_DO));
+        add_weighted(dk, ds, ds_scale, ds_tile(), q_tile(stage), inverse(OF_Q));
         if (nonfinite) spread_nonfinite_queries(place, stage);
 
         if constexpr (P_IN_REGISTERS || Config::STAGES == 1) __syncthreads();
         if (Config::STAGES == 1 && has_next) load_queries(next, stage);
-        if constexpr (Config::SUM_DQ) sum_dq(place, partial && k_nonfinite);
+        if constexpr (Config::SUM_DQ) sum_dq(place, ds_scale.inverse, partial && k_nonfinite);
     }
 
     // Takes non-finite values out of the tiles of weighted rows; whether there are any.
-    DEVICE bool remove_nonfinites(int stage) const {
-        if (!any_nonfinite<Config::THREADS>(q_tile(stage), do_tile(stage)) && !k_nonfinite) {
-            return false;
-        }
+    DEVICE bool remove_nonfinites(int stage) {
+        const bool found = any_nonfinite(operands(), operand(q_tile(stage), OF_Q),
+                                                          operand(do_tile(stage), OF_DO));
+        if (!found && !k_nonfinite) return false;
         remove_nonfinite<Config::THREADS>(q_tile(stage));
         remove_nonfinite<Config::THREADS>(do_tile(stage));
         if (k_nonfinite) remove_nonfinite<Config::THREADS>(k_tile());
@@ -340,29 +375,36 @@ struct Backward {
         const auto sees = [&](int key, int query) {
             return score.sees(place.tile * Config::TILE_M + query, first_key + warp_key() + key);
         };
-        spread_nonfinite(dv, DoTile{do_tile(stage).at(0, 16 * DIM_BLOCKS_V * warp_col())}, sees);
-        spread_nonfinite(dk, QTile{q_tile(stage).at(0, 16 * DIM_BLOCKS * warp_col())}, sees);
+        const DoTile do_cols{do_tile(stage).at(0, 16 * DIM_BLOCKS_V * warp_col())};
+        const QTile q_cols{q_tile(stage).at(0, 16 * DIM_BLOCKS * warp_col())};
+        spread_nonfinite(dv, as_loaded<T>(do_cols), sees);
+        spread_nonfinite(dk, as_loaded<T>(q_cols), sees);
     }
 
     // dq_sum += dS K
-    DEVICE void sum_dq(Place place, bool nonfinite) {
+    DEVICE void sum_dq(Place place, Factor ds_inverse, bool nonfinite) {
         const int warp = warp_index();
         const int warp_row = warp % Config::DQ_ROW_WARPS * (16 * DQ_ROW_BLOCKS);
         const int col_block = warp / Config::DQ_ROW_WARPS * DQ_COL_BLOCKS;
         Accumulator<Real> dq[DQ_ROW_BLOCKS][DQ_COL_BLOCKS] = {};
-        add_weighted_rows<Config::UNROLL>(
+        add_weighted_rows<M, Config::UNROLL>(
             dq,
             [&](int i, int k) { return M::load_a_transposed(ds_tile(), warp_row + 16 * i, k); },
-            k_tile(), 16 * col_block);
+            k_tile(), 16 * col_block, ds_inverse * inverse(OF_K));
         const int32 first_row = place.tile * Config::TILE_M + warp_row;
         if (nonfinite) {
             __syncthreads();
             load_k();
             commit_copies();
             finish_loads();
-            spread_nonfinite(dq, KTile{k_tile().at(0, 16 * col_block)}, [&](int row, int key) {
+            const KTile k_cols{k_tile().at(0, 16 * col_block)};
+            spread_nonfinite(dq, as_loaded<T>(k_cols), [&](int row, int key) {
                 return score.sees(first_row + row, first_key + key);
             });
+            if constexpr (BlockOperands::SPLIT) {
+                __syncthreads();
+                operands().make(operand(k_tile(), OF_K));
+            }
         }
         Real* const sum =
             load_shared<Real*>(origin(DQ_SUM)) + place.head * params.dq_sum.head +
@@ -391,9 +433,12 @@ struct Backward {
         load_k();
         load_v();
         load_queries(place, 0);
+        if (BlockOperands::SPLIT || (Config::SUM_DQ && !all_full)) {
+            wait_copies<0>();
+            operands().make(operand(k_tile(), OF_K), operand(v_tile(), OF_V));
+        }
         if (Config::SUM_DQ && !all_full) {
-            finish_loads();
-            k_nonfinite = any_nonfinite<Config::THREADS>(k_tile());
+            k_nonfinite = any_nonfinite(operands(), operand(k_tile(), OF_K));
         }
         for (int stage = 0; place.head < params.group; stage = (stage + 1) % Config::STAGES) {
             const TileRange tiles = query_tiles();
@@ -411,15 +456,17 @@ struct Backward {
     DEVICE void store() {
         __syncthreads();  // all warps have read k and v
         const Real scale = Config::SOFTCAP ? 1 : static_cast<Real>(params.scale);
-        store_accumulators(k_tile(), warp_key(), 16 * DIM_BLOCKS * warp_col(), dk, scale);
-        store_accumulators(v_tile(), warp_key(), 16 * DIM_BLOCKS_V * warp_col(), dv, Real(1));
+        const auto dk_tile = as_loaded<T>(k_tile());
+        const auto dv_tile = as_loaded<T>(v_tile());
+        store_accumulators(dk_tile, warp_key(), 16 * DIM_BLOCKS * warp_col(), dk, scale);
+        store_accumulators(dv_tile, warp_key(), 16 * DIM_BLOCKS_V * warp_col(), dv, One{});
         __syncthreads();
         const HeadIndex index = key_head();
         copy_to_global<Config::THREADS, Config::ACCESS_BYTES>(
-            k_tile(), head_data<T>(params.dk, index, index.head) + first_key * params.dk.row,
+            dk_tile, head_data<T>(params.dk, index, index.head) + first_key * params.dk.row,
             params.dk.row, params.seqlen_k - first_key, params.head_dim);
         copy_to_global<Config::THREADS, Config::ACCESS_BYTES>(
-            v_tile(), head_data<T>(params.dv, index, index.head) + first_key * params.dv.row,
+            dv_tile, head_data<T>(params.dv, index, index.head) + first_key * params.dv.row,
             params.dv.row, params.seqlen_k - first_key, params.head_dim_v);
     }
 };

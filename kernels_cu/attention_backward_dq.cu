@@ -43,21 +43,25 @@ template <class Config>
 struct BackwardDq {
     using T = typename Config::Element;
     using M = Mma<T>;
+    using Element = typename M::Operand;
     using Real = typename M::Real;
+    using Factor = typename M::Factor;
     static constexpr int ROW_BLOCKS = Config::TILE_M / (16 * Config::WARPS);
     static constexpr int KEY_BLOCKS = Config::TILE_N / 16;
     static constexpr int COL_BLOCKS = Config::DQ_COLS / 16;
     static_assert(Config::TILE_M % (16 * Config::WARPS) == 0, "a warp owns blocks of 16 rows");
 
-    using QTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM>;
-    using DoTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM_V>;
-    using KTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM>;
-    using VTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM_V>;
+    using QTile = SharedTile<Element, Config::TILE_M, Config::HEAD_DIM>;
+    using DoTile = SharedTile<Element, Config::TILE_M, Config::HEAD_DIM_V>;
+    using KTile = SharedTile<Element, Config::TILE_N, Config::HEAD_DIM>;
+    using VTile = SharedTile<Element, Config::TILE_N, Config::HEAD_DIM_V>;
     using DqTile = SharedTile<T, Config::TILE_M, Config::DQ_COLS>;  // in the end, in place of q
     using Terms = RowTerms<Real>;
 
     // Shared memory, in this order.
-    static constexpr int DO_OFFSET = QTile::BYTES;
+    using BlockOperands = Operands<Element, Config::THREADS, Config::ACCESS_BYTES>;
+    static constexpr int Q_OFFSET = BlockOperands::SHARED_BYTES;
+    static constexpr int DO_OFFSET = Q_OFFSET + QTile::BYTES;
     static constexpr int K_OFFSET = DO_OFFSET + DoTile::BYTES;
     static constexpr int V_OFFSET = K_OFFSET + Config::STAGES * KTile::BYTES;
 
@@ -84,7 +88,7 @@ struct BackwardDq {
           dq{} {}
 
     DEVICE QTile q_tile() const {
-        return {shared};
+        return {shared + Q_OFFSET};
     }
     DEVICE DoTile do_tile() const {
         return {shared + DO_OFFSET};
@@ -154,6 +158,28 @@ struct BackwardDq {
         }
     }
 
+    // The scale of the warp's dS.
+    DEVICE Scale<Factor> scale_of_ds() const {
+        if constexpr (!BlockOperands::SPLIT) {
+            return {};
+        } else {
+            uint32 largest_dot = 0;
+#pragma unroll
+            for (int i = 0; i < 2 * ROW_BLOCKS; ++i) {
+                largest_dot = max(largest_dot, finite_bits(terms[i / 2][i % 2].dot));
+            }
+            return M::scale_of(largest_ds<Config>(params, operands().scale(OF_DO).largest,
+                                                  operands().scale(OF_V).largest,
+                                                  bit_cast<float>(warp_max(largest_dot))));
+        }
+    }
+    DEVICE BlockOperands operands() const {
+        return {shared};
+    }
+    DEVICE Factor inverse(Tensors tensor) const {  // of the scale of its present tile
+        return operands().scale(tensor).inverse;
+    }
+
     // Zeros for the keys that a row does not see.
     DEVICE void mask(Scores& ds, int32 tile) const {
         // Columns are counted from the lane's first, so that they are constants.
@@ -177,19 +203,24 @@ struct BackwardDq {
     DEVICE void step(int32 tile, bool has_next, int stage, bool partial) {
         // All that this step reads has landed, and no warp reads any more what is loaded next.
         wait_copies<0>();
-        __syncthreads();
+        operands().make(operand(k_tile(stage), OF_K), operand(v_tile(stage), OF_V));
         if (Config::STAGES > 1 && has_next) load_keys(tile + 1, 1 - stage);
 
         Scores s = {}, ds = {};
-        multiply_rows<Config::UNROLL>(s, q_tile(), warp_row, k_tile(stage), 0);
-        multiply_rows<Config::UNROLL>(ds, do_tile(), warp_row, v_tile(stage), 0);
+        multiply_rows<M, Config::UNROLL>(s, q_tile(), warp_row, k_tile(stage), 0,
+                                         inverse(OF_Q) * inverse(OF_K));
+        multiply_rows<M, Config::UNROLL>(ds, do_tile(), warp_row, v_tile(stage), 0,
+                                         inverse(OF_DO) * inverse(OF_V));
         differentiate(s, ds, tile);
         if (partial) mask(ds, tile);
 
-        const bool nonfinite = partial && any_nonfinite<Config::THREADS>(k_tile(stage));
+        const bool nonfinite =
+            partial && any_nonfinite(operands(), operand(k_tile(stage), OF_K));
         if (nonfinite) remove_nonfinite<Config::THREADS>(k_tile(stage));
-        add_weighted_rows<KEY_BLOCKS>(
-            dq, [&](int i, int k) { return M::to_a(ds[i][k / 16]); }, k_tile(stage), first_col);
+        const Scale<Factor> ds_scale = scale_of_ds();
+        add_weighted_rows<M, KEY_BLOCKS>(
+            dq, [&](int i, int k) { return M::to_a(ds[i][k / 16], ds_scale.factor); },
+            k_tile(stage), first_col, ds_scale.inverse * inverse(OF_K));
         if (nonfinite) spread_nonfinite_k(tile, stage);
 
         if constexpr (Config::STAGES == 1) {
@@ -204,7 +235,8 @@ struct BackwardDq {
         load_keys(tile, stage);
         wait_copies<0>();
         __syncthreads();
-        spread_nonfinite(dq, KTile{k_tile(stage).at(0, first_col)}, [&](int row, int key) {
+        const KTile k_cols{k_tile(stage).at(0, first_col)};
+        spread_nonfinite(dq, as_loaded<T>(k_cols), [&](int row, int key) {
             return score.sees(first_row + warp_row + row, tile * Config::TILE_N + key);
         });
     }
@@ -217,6 +249,10 @@ struct BackwardDq {
 
         load_rows();
         load_keys(tiles.begin, tiles.begin % Config::STAGES);
+        if constexpr (BlockOperands::SPLIT) {
+            wait_copies<0>();
+            operands().make(operand(q_tile(), OF_Q), operand(do_tile(), OF_DO));
+        }
         for (int32 tile = tiles.begin; tile < tiles.end; ++tile) {
             step(tile, tile + 1 < tiles.end, tile % Config::STAGES, !tiles.is_full(tile));
         }
@@ -226,7 +262,7 @@ struct BackwardDq {
     DEVICE void store() {
         __syncthreads();  // all warps have read q
         const Real scale = Config::SOFTCAP ? 1 : static_cast<Real>(params.scale);
-        const DqTile tile{shared};
+        const DqTile tile{q_tile().address};
         store_accumulators(tile, warp_row, 0, dq, scale);
         __syncthreads();
         const HeadIndex index = head();

@@ -15,6 +15,7 @@
 #include "params.cuh"
 #include "tile.cuh"
 #include "mma.cuh"
+#include "product.cuh"
 #include "score.cuh"
 #include "softmax.cuh"
 #include "nonfinite.cuh"
@@ -32,7 +33,6 @@ struct Config {
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr int DIM_UNROLL = PLAN_DIM_UNROLL;  // steps of 16 of HEAD_DIM in Q K^T
     static constexpr int DIM_V_GROUP = PLAN_DIM_V_GROUP;  // of HEAD_DIM_V in P V: a branch
-    static constexpr bool Q_IN_REGISTERS = PLAN_Q_IN_REGISTERS;
     static constexpr bool BAND = PLAN_BAND;
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
     static constexpr bool ALIBI = PLAN_ALIBI;
@@ -44,6 +44,7 @@ template <class Config>
 struct Forward {
     using T = typename Config::Element;
     using M = Mma<T>;
+    using Element = typename M::Operand;
     using Real = typename M::Real;
     static constexpr int ROW_BLOCKS = Config::TILE_M / (16 * Config::WARPS);
     static constexpr int KEY_BLOCKS = Config::TILE_N / 16;
@@ -51,9 +52,9 @@ struct Forward {
     static constexpr int DIM_BLOCKS_V = Config::HEAD_DIM_V / 16;
     static_assert(Config::TILE_M % (16 * Config::WARPS) == 0, "a warp owns blocks of 16 rows");
 
-    using QTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM>;
-    using KTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM>;
-    using VTile = SharedTile<T, Config::TILE_N, Config::HEAD_DIM_V>;
+    using QTile = SharedTile<Element, Config::TILE_M, Config::HEAD_DIM>;
+    using KTile = SharedTile<Element, Config::TILE_N, Config::HEAD_DIM>;
+    using VTile = SharedTile<Element, Config::TILE_N, Config::HEAD_DIM_V>;
     using OTile = SharedTile<T, Config::TILE_M, Config::HEAD_DIM_V>;
 
     const AttentionParams& params;
@@ -63,12 +64,13 @@ struct Forward {
     const int32 first_col;  // of the slice of v and o
     const Score<Config, Real> score;
 
-    // Shared memory: q, then STAGES of k, then STAGES of v; in the end o, over all of it.
+    // Shared memory: q, then STAGES of k, then STAGES of v; in the end o, over all of it. In front of
+    // it what making operands takes.
+    const Operands<Element, Config::THREADS, Config::ACCESS_BYTES> operands;
     const uint32 shared;
     const TileReader<KTile, Config::THREADS, Config::ACCESS_BYTES> k;
     const TileReader<VTile, Config::THREADS, Config::ACCESS_BYTES> v;
 
-    typename M::A q[Config::Q_IN_REGISTERS ? ROW_BLOCKS : 1][DIM_BLOCKS];
     Accumulator<Real> o[ROW_BLOCKS][DIM_BLOCKS_V];
     OnlineSoftmax<Real, ROW_BLOCKS> softmax;
 
@@ -80,7 +82,8 @@ struct Forward {
           warp_row(threadIdx.x / WARP * (16 * ROW_BLOCKS)),
           first_col(slice * Config::HEAD_DIM_V),
           score(params, index),
-          shared(shared_address(dynamic_shared_memory())),
+          operands{shared_address(dynamic_shared_memory())},
+          shared(operands.shared + operands.SHARED_BYTES),
           k(head_data<const T>(params.k, index, index.head / params.group), params.k.row,
             params.seqlen_k, params.head_dim),
           v(head_data<const T>(params.v, index, index.head / params.group) + first_col,
@@ -111,45 +114,26 @@ struct Forward {
         v.load(v_tile(stage), tile * Config::TILE_N);
     }
 
-    DEVICE void load_q_fragments() {
-#pragma unroll
-        for (int d = 0; d < DIM_BLOCKS; ++d) {
-#pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; ++m) {
-                q[m][d] = M::load_a(q_tile(), warp_row + 16 * m, 16 * d);
-            }
-        }
-    }
-
     // S = Q K^T
     DEVICE void multiply_q_k(Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], KTile tile) const {
-#pragma unroll Config::DIM_UNROLL
-        for (int d = 0; d < DIM_BLOCKS; ++d) {
-            typename M::A a[ROW_BLOCKS];
-#pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; ++m) {
-                a[m] = Config::Q_IN_REGISTERS
-                           ? q[m][d]
-                           : M::load_a(q_tile(), warp_row + 16 * m, 16 * d);
-            }
-#pragma unroll
-            for (int n = 0; n < KEY_BLOCKS; ++n) {
-                const typename M::B b = M::load_b_transposed(tile, 16 * d, 16 * n);
-#pragma unroll
-                for (int m = 0; m < ROW_BLOCKS; ++m) M::multiply(s[m][n], a[m], b);
-            }
-        }
+        multiply_rows<M, Config::DIM_UNROLL>(s, q_tile(), warp_row, tile, 0,
+                                             operands.scale(OF_Q).inverse *
+                                                 operands.scale(OF_K).inverse);
     }
 
-    // O += P V, with P made from S 16 keys at a time, in between the products.
+    // O += P V, with P made from S a few keys at a time, in between the products.
     DEVICE void multiply_p_v(Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], VTile tile) {
+        constexpr int STEPS = steps_of<M>(KEY_BLOCKS);
+        const auto p_scale = M::scale_of(1);
+        const auto scale = operands.scale(OF_V).inverse * p_scale.inverse;
 #pragma unroll
-        for (int n = 0; n < KEY_BLOCKS; ++n) {
-            typename M::A p[ROW_BLOCKS];
+        for (int n = 0; n < KEY_BLOCKS; n += STEPS) {
+            typename M::A p[ROW_BLOCKS][STEPS];
 #pragma unroll
-            for (int m = 0; m < ROW_BLOCKS; ++m) {
-                softmax.exponentiate(s[m][n], m, score.factor);
-                p[m] = M::to_a(s[m][n]);
+            for (int i = 0; i < ROW_BLOCKS * STEPS; ++i) {
+                const int m = i / STEPS, step = i % STEPS;
+                softmax.exponentiate(s[m][n + step], m, score.factor);
+                p[m][step] = M::to_a(s[m][n + step], p_scale.factor);
             }
 #pragma unroll
             for (int d = 0; d < DIM_BLOCKS_V; ++d) {
@@ -159,9 +143,15 @@ struct Forward {
                     16 * d >= params.head_dim_v - first_col) {
                     break;
                 }
-                const typename M::B b = M::load_b(tile, 16 * n, 16 * d);
+                typename M::B b[STEPS];
 #pragma unroll
-                for (int m = 0; m < ROW_BLOCKS; ++m) M::multiply(o[m][d], p[m], b);
+                for (int step = 0; step < STEPS; ++step) {
+                    b[step] = M::load_b(tile, 16 * (n + step), 16 * d);
+                }
+#pragma unroll
+                for (int m = 0; m < ROW_BLOCKS; ++m) {
+                    M::multiply(o[m][d], p[m], b, scale);
+                }
             }
         }
     }
@@ -213,12 +203,15 @@ struct Forward {
         const int stage = tile % Config::STAGES;
         // All that this step reads has landed, and no warp reads any more what is loaded next.
         wait_copies<0>();
-        __syncthreads();
         if constexpr (Config::STAGES == 1) {
+            operands.make(operand(k_tile(stage), OF_K));
             load_v(tile, stage);
-        } else if (tile > last_tile) {
-            load_k(tile - 1, (tile - 1) % Config::STAGES);
-            load_v(tile - 1, (tile - 1) % Config::STAGES);
+        } else {
+            operands.make(operand(k_tile(stage), OF_K), operand(v_tile(stage), OF_V));
+            if (tile > last_tile) {
+                load_k(tile - 1, (tile - 1) % Config::STAGES);
+                load_v(tile - 1, (tile - 1) % Config::STAGES);
+            }
         }
         commit_copies();
 
@@ -227,7 +220,7 @@ struct Forward {
 
         if constexpr (Config::STAGES == 1) {
             wait_copies<0>();
-            __syncthreads();
+            operands.make(operand(v_tile(stage), OF_V));
             if (tile > last_tile) load_k(tile - 1, stage);
             commit_copies();
         }
@@ -238,7 +231,8 @@ struct Forward {
         softmax.raise_top(s, score.factor, rescale);
         scale_o(rescale);
 
-        const bool nonfinite = partial && any_nonfinite<Config::THREADS>(v_tile(stage));
+        const bool nonfinite =
+            partial && any_nonfinite(operands, operand(v_tile(stage), OF_V));
         if (nonfinite) remove_nonfinite<Config::THREADS>(v_tile(stage));
         multiply_p_v(s, v_tile(stage));
         if (nonfinite) spread_nonfinite_v(tile, stage);
@@ -251,7 +245,7 @@ struct Forward {
         commit_copies();
         wait_copies<0>();
         __syncthreads();
-        spread_nonfinite(o, v_tile(stage), [&](int row, int key) {
+        spread_nonfinite(o, as_loaded<T>(v_tile(stage)), [&](int row, int key) {
             return score.sees(first_row + warp_row + row, tile * Config::TILE_N + key);
         });
     }
@@ -277,10 +271,9 @@ struct Forward {
         load_k(tiles.end - 1, (tiles.end - 1) % Config::STAGES);
         if constexpr (Config::STAGES > 1) load_v(tiles.end - 1, (tiles.end - 1) % Config::STAGES);
         commit_copies();
-        if constexpr (Config::Q_IN_REGISTERS) {
+        if constexpr (PARTS<Element> > 0) {
             wait_copies<0>();
-            __syncthreads();
-            load_q_fragments();
+            operands.make(operand(q_tile(), OF_Q));
         }
         for (int32 tile = tiles.end - 1; tile >= tiles.begin; --tile) {
             step(tile, tiles.begin, !tiles.is_full(tile));

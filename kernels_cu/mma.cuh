@@ -1,21 +1,27 @@
 // Matrix products of a warp, in blocks of 16 x 16 x 16 for every element type.
 //
-// Mma<T> multiplies fragments: acc (16 x 16) += a (16 x 16) b (16 x 16), with
+// Mma<T> multiplies fragments: acc (16 x 16) += scale * a (16 x 16) b (16 x 16), with
 //   load_a(tile, m, k)             a[i][j] = tile[m + i][k + j]
 //   load_a_transposed(tile, m, k)  a[i][j] = tile[k + j][m + i]
 //   load_b(tile, k, n)             b[i][j] = tile[k + i][n + j]
 //   load_b_transposed(tile, k, n)  b[i][j] = tile[n + j][k + i]
-//   to_a(acc)                      a[i][j] = acc[i][j], within a thread's own registers
+//   to_a(acc, factor)              a[i][j] = factor * acc[i][j], within a thread's own registers
 //   reload_a(tile, m, k)           a[i][j] = tile[m + i][k + j], as to_a of what was stored there
-// A product sums over k in any order, as long as both operands agree. For 32- and 64-bit elements
-// two orders are used, each where it costs nothing: load_a goes with load_b_transposed; to_a,
-// reload_a and load_a_transposed go with load_b. For 16-bit elements all are the natural order.
+//   multiply(acc, a, b, scale)     the sum of N such products, of fragments a[N] and b[N]
+// Tiles have elements of Mma<T>::Operand: T itself, or for 32-bit types the parts of split.cuh;
+// then factors of type Factor scale them and the products (One for other types). STEPS is the N that
+// is best. scale_of(largest) is the scale of weights whose absolute values are up to `largest`.
+//
+// A product sums over k in any order, as long as both operands agree. For 64-bit elements two
+// orders are used, each where it costs nothing: load_a goes with load_b_transposed; to_a, reload_a
+// and load_a_transposed go with load_b. For all others it is the natural order.
 //
 // Lane 4g + t of a warp holds of a block what is written at Accumulator (g = lane / 4).
 #pragma once
 #include "types.cuh"
 #include "ptx.cuh"
 #include "tile.cuh"
+#include "split.cuh"
 
 DEVICE int lane_index() {
     return threadIdx.x % WARP;
@@ -39,26 +45,20 @@ template <class T>
 struct Mma;
 
 // ---------------------------------------------------------------------------------------------
-// float16 and bfloat16: m16n8k16, sums in float
+// Fragments of 16-bit elements, in COUNT parts that lie a chunk apart (one part but for SplitFloat)
 
-template <class T>
-struct Mma16 {
-    using Real = float;
+template <int COUNT>
+struct Fragments16 {
     struct A {
-        uint32 bits[4];
+        uint32 part[COUNT][4];
     };
     struct B {
-        uint32 bits[4];  // columns 0..7: [0], [1]; columns 8..15: [2], [3]
+        uint32 part[COUNT][4];  // columns 0..7: [0], [1]; columns 8..15: [2], [3]
     };
 
-    // ldmatrix takes a row address from every lane: lanes 0..7 the rows of the first 8 x 8 matrix,
-    // and so on. The four matrices are the quarters of the block in the order of the registers.
     template <class Tile>
     static DEVICE A load_a(Tile tile, int m, int k) {
-        const int lane = lane_index();
-        A a;
-        load_matrix_x4(a.bits, tile.at(m + lane % 16, k + lane / 16 * 8));
-        return a;
+        return load<A, false>(rows_first(tile, m, k));
     }
     template <class Tile>
     static DEVICE A reload_a(Tile tile, int m, int k) {
@@ -66,269 +66,172 @@ struct Mma16 {
     }
     template <class Tile>
     static DEVICE A load_a_transposed(Tile tile, int m, int k) {
+        return load<A, true>(cols_first(tile, k, m));
+    }
+    template <class Tile>
+    static DEVICE B load_b(Tile tile, int k, int n) {
+        return load<B, true>(rows_first(tile, k, n));
+    }
+    template <class Tile>
+    static DEVICE B load_b_transposed(Tile tile, int k, int n) {
+        return load<B, false>(cols_first(tile, n, k));
+    }
+
+private:
+    // ldmatrix takes a row address from every lane: lanes 0..7 the rows of the first 8 x 8 matrix,
+    // and so on. The four matrices are the quarters of the block at (row, col), in the order
+    // upper left, lower left, upper right, lower right,
+    template <class Tile>
+    static DEVICE uint32 rows_first(Tile tile, int row, int col) {
         const int lane = lane_index();
+        return tile.at(row + lane % 16, col + lane / 16 * 8);
+    }
+    // or upper left, upper right, lower left, lower right.
+    template <class Tile>
+    static DEVICE uint32 cols_first(Tile tile, int row, int col) {
+        const int lane = lane_index();
+        return tile.at(row + lane % 8 + lane / 16 * 8, col + lane / 8 % 2 * 8);
+    }
+    template <class Fragment, bool TRANSPOSED>
+    static DEVICE Fragment load(uint32 address) {
+        Fragment fragment;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if constexpr (TRANSPOSED) {
+                load_matrix_transposed_x4(fragment.part[i], address + i * CHUNK_BYTES);
+            } else {
+                load_matrix_x4(fragment.part[i], address + i * CHUNK_BYTES);
+            }
+        }
+        return fragment;
+    }
+};
+
+// float16 and bfloat16: m16n8k16, sums in float
+
+struct Float16Instructions {
+    using Operand = float16;
+    static DEVICE uint32 pack(float low, float high) {
+        return pack_f16(low, high);
+    }
+    static DEVICE void mma(float* d, const uint32* a, const uint32* b) {
+        mma_f16(d, a, b);
+    }
+};
+struct Bfloat16Instructions {
+    using Operand = bfloat16;
+    static DEVICE uint32 pack(float low, float high) {
+        return pack_bf16(low, high);
+    }
+    static DEVICE void mma(float* d, const uint32* a, const uint32* b) {
+        mma_bf16(d, a, b);
+    }
+};
+
+template <class Instructions>
+struct Mma16 : Fragments16<1>, Instructions {
+    using Real = float;
+    using Factor = One;
+    static constexpr int STEPS = 1;
+
+    static DEVICE Scale<One> scale_of(float) {
+        return {};
+    }
+    static DEVICE A to_a(const Accumulator<float>& acc, One) {
         A a;
-        load_matrix_transposed_x4(a.bits,
-                                  tile.at(k + lane % 8 + lane / 16 * 8, m + lane / 8 % 2 * 8));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float* const pair = &acc.value[i / 2][i % 2 * 2];
+            a.part[0][i] = Instructions::pack(pair[0], pair[1]);
+        }
         return a;
     }
-    template <class Tile>
-    static DEVICE B load_b(Tile tile, int k, int n) {
-        const int lane = lane_index();
-        B b;
-        load_matrix_transposed_x4(b.bits, tile.at(k + lane % 16, n + lane / 16 * 8));
-        return b;
-    }
-    template <class Tile>
-    static DEVICE B load_b_transposed(Tile tile, int k, int n) {
-        const int lane = lane_index();
-        B b;
-        load_matrix_x4(b.bits, tile.at(n + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8));
-        return b;
+    template <int N>
+    static DEVICE void multiply(Accumulator<float>& acc, const A (&a)[N], const B (&b)[N], One) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            Instructions::mma(acc.value[0], a[i].part[0], b[i].part[0]);
+            Instructions::mma(acc.value[1], a[i].part[0], b[i].part[0] + 2);
+        }
     }
 };
 
 template <>
-struct Mma<float16> : Mma16<float16> {
-    static DEVICE A to_a(const Accumulator<float>& acc) {
-        return {{pack_f16(acc.value[0][0], acc.value[0][1]),
-                 pack_f16(acc.value[0][2], acc.value[0][3]),
-                 pack_f16(acc.value[1][0], acc.value[1][1]),
-                 pack_f16(acc.value[1][2], acc.value[1][3])}};
-    }
-    static DEVICE void multiply(Accumulator<float>& acc, const A& a, const B& b) {
-        mma_f16(acc.value[0], a.bits, b.bits);
-        mma_f16(acc.value[1], a.bits, b.bits + 2);
-    }
-};
+struct Mma<float16> : Mma16<Float16Instructions> {};
 
 template <>
-struct Mma<bfloat16> : Mma16<bfloat16> {
-    static DEVICE A to_a(const Accumulator<float>& acc) {
-        return {{pack_bf16(acc.value[0][0], acc.value[0][1]),
-                 pack_bf16(acc.value[0][2], acc.value[0][3]),
-                 pack_bf16(acc.value[1][0], acc.value[1][1]),
-                 pack_bf16(acc.value[1][2], acc.value[1][3])}};
-    }
-    static DEVICE void multiply(Accumulator<float>& acc, const A& a, const B& b) {
-        mma_bf16(acc.value[0], a.bits, b.bits);
-        mma_bf16(acc.value[1], a.bits, b.bits + 2);
-    }
-};
+struct Mma<bfloat16> : Mma16<Bfloat16Instructions> {};
 
-// ---------------------------------------------------------------------------------------------
-// 32- and 64-bit elements: eight scalars a lane. Scalars [4i + 0..3] of a and [h][2i], [h][2i + 1]
-// of b belong to the i-th half of k (for mma_tf32 one instruction each).
+// float32 and TF32: products of parts
+//
+// The tensor cores cut off what they add instead of rounding it, which over a long sum would be a
+// bias far above float32's errors. So they add up the terms of a few blocks, and ordinary additions
+// do the rest. Of two parts, big big, small big and big small are multiplied; small small is below
+// the rounding.
 
-// Fragments of T gathered by plain loads, in the order of k that to_a gives: an accumulator's lane
-// holds columns 2t and 2t + 1 of each half, so the k that an instruction calls t and t + 4 are
-// 2t and 2t + 1 here.
-template <class T>
-struct AccumulatorOrder {
-    static DEVICE void to_a(T (&a)[8], const Accumulator<T>& acc) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            a[4 * i + 0] = acc.value[i][0];
-            a[4 * i + 1] = acc.value[i][2];
-            a[4 * i + 2] = acc.value[i][1];
-            a[4 * i + 3] = acc.value[i][3];
-        }
-    }
-    template <class Tile>
-    static DEVICE void reload_a(T (&a)[8], Tile tile, int m, int k) {
-        struct alignas(2 * sizeof(T)) Pair {
-            T x, y;
-        };
-        const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int half = i % 2;
-            const Pair pair =
-                load_shared<Pair>(tile.at(m + g + 8 * half, k + 8 * (i / 2) + 2 * t));
-            a[4 * (i / 2) + half] = pair.x;
-            a[4 * (i / 2) + half + 2] = pair.y;
-        }
-    }
-    template <class Tile>
-    static DEVICE void load_a_transposed(T (&a)[8], Tile tile, int m, int k) {
-        const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int row = 8 * (i / 4) + 2 * t + i / 2 % 2;
-            a[i] = load_shared<T>(tile.at(k + row, m + g + 8 * (i % 2)));
-        }
-    }
-    template <class Tile>
-    static DEVICE void load_b(T (&b)[2][4], Tile tile, int k, int n) {
-        const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = 8 * (i / 2) + 2 * t + i % 2;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                b[h][i] = load_shared<T>(tile.at(k + row, n + g + 8 * h));
-            }
-        }
-    }
-};
-
-// The other order for float: ldmatrix hands out 4-byte elements too, element t of row g.
-struct MatrixOrder32 {
-    template <class Tile>
-    static DEVICE void load_a(float (&a)[8], Tile tile, int m, int k) {
-        const int lane = lane_index();
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            uint32 bits[4];
-            load_matrix_x4(bits, tile.at(m + lane % 16, k + 8 * i + lane / 16 * 4));
-#pragma unroll
-            for (int j = 0; j < 4; ++j) a[4 * i + j] = bit_cast<float>(bits[j]);
-        }
-    }
-    template <class Tile>
-    static DEVICE void load_b_transposed(float (&b)[2][4], Tile tile, int k, int n) {
-        const int lane = lane_index();
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            uint32 bits[4];
-            load_matrix_x4(bits, tile.at(n + 8 * h + lane % 8, k + lane / 8 * 4));
-#pragma unroll
-            for (int j = 0; j < 4; ++j) b[h][j] = bit_cast<float>(bits[j]);
-        }
-    }
-};
-
-// The fragments of Fragments (A and B, each made from eight floats) from tiles of floats.
-template <class Fragments>
-struct Mma32 : Fragments {
+template <class OperandType>
+struct MmaSplit : Fragments16<PARTS<OperandType>> {
+    using Operand = OperandType;
     using Real = float;
-    using typename Fragments::A;
-    using typename Fragments::B;
+    using Factor = float;
+    using typename Fragments16<PARTS<OperandType>>::A;
+    using typename Fragments16<PARTS<OperandType>>::B;
+    static constexpr int COUNT = PARTS<OperandType>;
+    static constexpr int STEPS = 2;
 
-    template <class Tile>
-    static DEVICE A load_a(Tile tile, int m, int k) {
-        float x[8];
-        MatrixOrder32::load_a(x, tile, m, k);
-        return A(x);
+    static DEVICE Scale<float> scale_of(float largest) {
+        return split_scale(largest);
     }
-    template <class Tile>
-    static DEVICE A reload_a(Tile tile, int m, int k) {
-        float x[8];
-        AccumulatorOrder<float>::reload_a(x, tile, m, k);
-        return A(x);
-    }
-    template <class Tile>
-    static DEVICE A load_a_transposed(Tile tile, int m, int k) {
-        float x[8];
-        AccumulatorOrder<float>::load_a_transposed(x, tile, m, k);
-        return A(x);
-    }
-    template <class Tile>
-    static DEVICE B load_b(Tile tile, int k, int n) {
-        float x[2][4];
-        AccumulatorOrder<float>::load_b(x, tile, k, n);
-        return B(x);
-    }
-    template <class Tile>
-    static DEVICE B load_b_transposed(Tile tile, int k, int n) {
-        float x[2][4];
-        MatrixOrder32::load_b_transposed(x, tile, k, n);
-        return B(x);
-    }
-    static DEVICE A to_a(const Accumulator<float>& acc) {
-        float x[8];
-        AccumulatorOrder<float>::to_a(x, acc);
-        return A(x);
-    }
-};
 
-// float32 with one product of operands rounded to TF32.
-struct FragmentsTf32 {
-    struct A {
-        uint32 bits[8];
-        A() = default;
-        DEVICE explicit A(const float (&x)[8]) {
+    static DEVICE A to_a(const Accumulator<float>& acc, float factor) {
+        A a;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) bits[i] = round_to_tf32(x[i]);
-        }
-    };
-    struct B {
-        uint32 bits[2][4];
-        B() = default;
-        DEVICE explicit B(const float (&x)[2][4]) {
+        for (int i = 0; i < 4; ++i) {
+            const float* const pair = &acc.value[i / 2][i % 2 * 2];
+            uint32 part[COUNT];
+            split_pair(pair[0] * factor, pair[1] * factor, part);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) bits[i / 4][i % 4] = round_to_tf32(x[i / 4][i % 4]);
+            for (int j = 0; j < COUNT; ++j) a.part[j][i] = part[j];
         }
-    };
-};
-
-template <>
-struct Mma<tensorfloat32> : Mma32<FragmentsTf32> {
-    static DEVICE void multiply(Accumulator<float>& acc, const A& a, const B& b) {
+        return a;
+    }
+    template <int N>
+    static DEVICE void multiply(Accumulator<float>& acc, const A (&a)[N], const B (&b)[N],
+                                float scale) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            mma_tf32(acc.value[h], a.bits, b.bits[h]);
-            mma_tf32(acc.value[h], a.bits + 4, b.bits[h] + 2);
-        }
-    }
-};
-
-// float32 to float32 accuracy: x = big + small, two TF32 numbers, and of the four products all but
-// small * small, which is below float32's rounding. A NaN or infinite x has small = NaN.
-struct FragmentsSplit {
-    static DEVICE void split(float x, uint32& big, uint32& small) {
-        big = (bit_cast<uint32>(x) + 0x1000) & 0xffffe000;  // the nearest TF32 number
-        small = bit_cast<uint32>(x - bit_cast<float>(big));
-    }
-
-    struct A {
-        uint32 big[8], small[8];
-        A() = default;
-        DEVICE explicit A(const float (&x)[8]) {
+            float big[4] = {0, 0, 0, 0}, small[4] = {0, 0, 0, 0};
 #pragma unroll
-            for (int i = 0; i < 8; ++i) split(x[i], big[i], small[i]);
-        }
-    };
-    struct B {
-        uint32 big[2][4], small[2][4];
-        B() = default;
-        DEVICE explicit B(const float (&x)[2][4]) {
+            for (int i = 0; i < N; ++i) {
+                mma_f16(big, a[i].part[0], b[i].part[0] + 2 * h);
+                if constexpr (COUNT == 2) {
+                    mma_f16(small, a[i].part[1], b[i].part[0] + 2 * h);
+                    mma_f16(small, a[i].part[0], b[i].part[1] + 2 * h);
+                }
+            }
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) split(x[h][i], big[h][i], small[h][i]);
+            for (int e = 0; e < 4; ++e) {
+                acc.value[h][e] += scale * (big[e] + small[e] * (1 / SMALL_FACTOR));
             }
         }
-    };
+    }
 };
 
 template <>
-struct Mma<float> : Mma32<FragmentsSplit> {
-    // The tensor cores cut off what they add instead of rounding it, which over a long sum would
-    // be a bias far above float32's errors. So they add up 16 terms only, small ones first, and
-    // ordinary additions do the rest.
-    static DEVICE void multiply(Accumulator<float>& acc, const A& a, const B& b) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float sum[4] = {0, 0, 0, 0};
-            mma_tf32(sum, a.small, b.big[h]);
-            mma_tf32(sum, a.small + 4, b.big[h] + 2);
-            mma_tf32(sum, a.big, b.small[h]);
-            mma_tf32(sum, a.big + 4, b.small[h] + 2);
-            mma_tf32(sum, a.big, b.big[h]);
-            mma_tf32(sum, a.big + 4, b.big[h] + 2);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) acc.value[h][e] += sum[e];
-        }
-    }
-};
+struct Mma<float> : MmaSplit<SplitFloat> {};
+
+template <>
+struct Mma<tensorfloat32> : MmaSplit<RoundedFloat> {};
 
 // ---------------------------------------------------------------------------------------------
 // float64: sums in double
 
 template <>
 struct Mma<double> {
+    using Operand = double;
     using Real = double;
+    using Factor = One;
+    static constexpr int STEPS = 1;
     struct A {
         double x[8];
     };
@@ -372,31 +275,73 @@ struct Mma<double> {
         }
         return b;
     }
+    // An accumulator's lane holds columns 2t and 2t + 1 of each half, so the k that the instruction
+    // calls t and t + 4 are 2t and 2t + 1 here.
     template <class Tile>
     static DEVICE A reload_a(Tile tile, int m, int k) {
+        const int g = lane_index() / 4, t = lane_index() % 4;
         A a;
-        AccumulatorOrder<double>::reload_a(a.x, tile, m, k);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int half = i % 2;
+            const Pair pair =
+                load_shared<Pair>(tile.at(m + g + 8 * half, k + 8 * (i / 2) + 2 * t));
+            a.x[4 * (i / 2) + half] = pair.x;
+            a.x[4 * (i / 2) + half + 2] = pair.y;
+        }
         return a;
     }
     template <class Tile>
     static DEVICE A load_a_transposed(Tile tile, int m, int k) {
+        const int g = lane_index() / 4, t = lane_index() % 4;
         A a;
-        AccumulatorOrder<double>::load_a_transposed(a.x, tile, m, k);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int row = 8 * (i / 4) + 2 * t + i / 2 % 2;
+            a.x[i] = load_shared<double>(tile.at(k + row, m + g + 8 * (i % 2)));
+        }
         return a;
     }
     template <class Tile>
     static DEVICE B load_b(Tile tile, int k, int n) {
+        const int g = lane_index() / 4, t = lane_index() % 4;
         B b;
-        AccumulatorOrder<double>::load_b(b.x, tile, k, n);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = 8 * (i / 2) + 2 * t + i % 2;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                b.x[h][i] = load_shared<double>(tile.at(k + row, n + g + 8 * h));
+            }
+        }
         return b;
     }
-    static DEVICE A to_a(const Accumulator<double>& acc) {
+    static DEVICE Scale<One> scale_of(double) {
+        return {};
+    }
+    static DEVICE A to_a(const Accumulator<double>& acc, One) {
         A a;
-        AccumulatorOrder<double>::to_a(a.x, acc);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            a.x[4 * i + 0] = acc.value[i][0];
+            a.x[4 * i + 1] = acc.value[i][2];
+            a.x[4 * i + 2] = acc.value[i][1];
+            a.x[4 * i + 3] = acc.value[i][3];
+        }
         return a;
     }
-    static DEVICE void multiply(Accumulator<double>& acc, const A& a, const B& b) {
-        mma_f64(acc.value[0], a.x, b.x[0]);
-        mma_f64(acc.value[1], a.x, b.x[1]);
+    template <int N>
+    static DEVICE void multiply(Accumulator<double>& acc, const A (&a)[N], const B (&b)[N], One) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            mma_f64(acc.value[0], a[i].x, b[i].x[0]);
+            mma_f64(acc.value[1], a[i].x, b[i].x[1]);
+        }
     }
 };
+
+// As many products of 16 as M takes at a time of `blocks` in all.
+template <class M>
+DEVICE constexpr int steps_of(int blocks) {
+    return blocks % M::STEPS == 0 ? M::STEPS : 1;
+}

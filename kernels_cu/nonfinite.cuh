@@ -8,6 +8,7 @@
 #include "types.cuh"
 #include "mma.cuh"
 #include "tile.cuh"
+#include "split.cuh"
 
 // Bits that are all 1 in non-finite values alone: the exponent, in the upper 4 bytes of double.
 template <class T>
@@ -18,6 +19,16 @@ template <>
 constexpr uint32 EXPONENT_BITS<bfloat16> = 0x7f80;
 template <>
 constexpr uint32 EXPONENT_BITS<double> = 0x7ff00000;
+
+// What a tile's bytes are when it is searched: split tiles are float16 throughout.
+template <class Element, bool SPLIT = (PARTS<Element> > 0)>
+struct Searched {
+    using type = Element;
+};
+template <class Element>
+struct Searched<Element, true> {
+    using type = float16;
+};
 
 template <class T>
 DEVICE bool is_nonfinite(uint32 bits) {
@@ -59,16 +70,21 @@ DEVICE bool finds_nonfinite(Tile tile) {
     return found;
 }
 
-// Whether one of the tiles holds a non-finite value: a vote, and barrier, of the whole block.
-template <int THREADS, class... Tiles>
-DEVICE bool any_nonfinite(Tiles... tiles) {
-    return __syncthreads_or((finds_nonfinite<THREADS>(tiles) || ...));
+// Whether one of the tiles holds a non-finite value: of split ones it is known, for others a vote,
+// and barrier, of the whole block.
+template <class Element, int THREADS, int BYTES, class... Tiles>
+DEVICE bool any_nonfinite(Operands<Element, THREADS, BYTES> operands, Operand<Tiles>... tiles) {
+    if constexpr (PARTS<Element> > 0) {
+        return (operands.scale(tiles.tensor).nonfinite | ...);
+    } else {
+        return __syncthreads_or((finds_nonfinite<THREADS>(tiles.tile) || ...));
+    }
 }
 
 // Sets the non-finite values of a tile to 0. All threads of the block take part, a barrier follows.
 template <int THREADS, class Tile>
 DEVICE void remove_nonfinite(Tile tile) {
-    using T = typename Tile::Element;
+    using T = typename Searched<typename Tile::Element>::type;
     CopyShape<Tile, THREADS, CHUNK_BYTES>().for_each([&](int row, int byte) {
         const uint32 chunk = tile.at(row, 0) + byte;
         if (!has_nonfinite<T>(load_shared<Chunk>(chunk))) return;
@@ -83,7 +99,8 @@ DEVICE void remove_nonfinite(Tile tile) {
 }
 
 // Sets to NaN what sees a non-finite value in the product acc += weights (M x K) tile (K x N):
-// acc[m][n] of a warp where sees(row of weights, row of the tile) holds for such a value.
+// acc[m][n] of a warp where sees(row of weights, row of the tile) holds for such a value. The tile is
+// as it was loaded, not split.
 template <class Tile, class Real, int ROW_BLOCKS, int COL_BLOCKS, class Sees>
 DEVICE void spread_nonfinite(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], Tile tile,
                              Sees sees) {

@@ -24,6 +24,7 @@ struct AttentionParams {
     Tensor o;             // (*batch, heads, seqlen_q, head_dim_v)
     Tensor lse;           // (*batch, heads, seqlen_q), natural logarithm, float or double
     Tensor alibi_slopes;  // (*batch, heads), float or double
+    Tensor tickets;       // one int32, zero: work that blocks have taken, see hopper_items.cuh
     // Backward only
     Tensor do_;       // like o
     Tensor dlse;      // like lse; data is null where no gradient of lse is asked for
@@ -32,6 +33,7 @@ struct AttentionParams {
     Tensor dk;        // like k
     Tensor dv;        // like v
     Tensor dq_sum;    // where dQ adds up before it is rounded to q's type, see dq_sum.cuh
+    Tensor dq_turns;  // (*batch, heads, tiles, 2), int32, zeros: who adds next, see turns.cuh
 
     int32 batch[BATCH_AXES];  // extents
     int32 heads;
@@ -52,6 +54,8 @@ struct AttentionParams {
 struct HeadIndex {
     int32 batch[BATCH_AXES];
     int32 head;
+
+    HeadIndex() = default;
 
     DEVICE HeadIndex(const AttentionParams& params, uint32 index, uint32 heads) {
         head = index % heads;

@@ -132,16 +132,6 @@ DEVICE void mma_bf16(float* d, const uint32* a, const uint32* b) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// k = 8, floats whose lower 13 bits the tensor cores ignore (see round_to_tf32):
-//   a[0] at row g, k = t; a[1] at row g + 8; a[2], a[3] the same with k + 4
-//   b[0] at column g, k = t; b[1] with k = t + 4
-DEVICE void mma_tf32(float* d, const uint32* a, const uint32* b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // k = 16:
 //   a[2i] at row g, k = t + 4i; a[2i + 1] at row g + 8
 //   b[i] at column g, k = t + 4i
@@ -169,13 +159,6 @@ DEVICE void mma_f64(double* d, const double* a, const double* b) {
 
 // ---------------------------------------------------------------------------------------------
 // Conversions and functions
-
-// Float bits that mma_tf32 takes as the nearest TF32 number (10 explicit bits of mantissa), ties
-// away from zero: it cuts the lower 13 bits off. (cvt.rna.tf32 would be five instructions.)
-DEVICE uint32 round_to_tf32(float x) {
-    const uint32 bits = bit_cast<uint32>(x);
-    return x == x ? bits + 0x1000 : bits;  // the addition could carry a NaN into the sign
-}
 
 // Two floats to 16 bit, rounded to nearest even, `low` in the lower half.
 DEVICE uint32 pack_f16(float low, float high) {
@@ -211,6 +194,13 @@ DEVICE float exp2_approx(float x) {
 DEVICE float reciprocal_approx(float x) {
     float result;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// The largest of all lanes of a warp.
+DEVICE uint32 warp_max(uint32 x) {
+    uint32 result;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(result) : "r"(x));
     return result;
 }
 

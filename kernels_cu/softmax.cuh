@@ -47,8 +47,9 @@ struct OnlineSoftmax {
             for (int r = 0; r < 2; ++r) {
                 Real largest = -infinity<Real>();
 #pragma unroll
-                for (int i = 0; i < 4 * KEY_BLOCKS; ++i) {
-                    largest = max(largest, s[m][i / 4].value[i / 2 % 2][2 * r + i % 2]);
+                for (int i = 0; i < 2 * KEY_BLOCKS; ++i) {
+                    const Real* const pair = &s[m][i / 2].value[i % 2][2 * r];
+                    largest = max(largest, max(pair[0], pair[1]));
                 }
                 const Real before = top[m][r];
                 top[m][r] = max(before, quad_max(largest) * factor);
@@ -63,10 +64,14 @@ struct OnlineSoftmax {
     DEVICE void exponentiate(Accumulator<Real>& s, int m, Real factor) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const int e = i % 4, r = e / 2;
-            Real& x = s.value[i / 4][e];
-            x = exp2_real(x * factor - finite_top(m, r));
-            sum[m][r] += x;
+            Real& x = s.value[i / 4][i % 4];
+            x = exp2_real(x * factor - finite_top(m, i % 4 / 2));
+        }
+        // Not one after another: the sum of a row is on the way of every step.
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            sum[m][r] += (s.value[0][2 * r] + s.value[0][2 * r + 1]) +
+                         (s.value[1][2 * r] + s.value[1][2 * r + 1]);
         }
     }
 

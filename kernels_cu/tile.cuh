@@ -75,18 +75,18 @@ private:
 // elements at odd places, copies at once instead of asynchronously.)
 template <class Tile, int THREADS, int BYTES>
 struct TileReader {
-    using T = typename Tile::Element;
     using Shape = CopyShape<Tile, THREADS, BYTES>;
+    static constexpr int ELEMENT_BYTES = sizeof(typename Tile::Element);
 
     const char* data;
     int64 row_bytes;    // from one row to the next
     int32 rows, width;  // of the tensor; bytes of data in a row
 
-    DEVICE TileReader(const T* data, int64 row_stride, int32 rows, int32 cols)
-        : data(reinterpret_cast<const char*>(data)),
-          row_bytes(row_stride * static_cast<int>(sizeof(T))),
+    DEVICE TileReader(const void* data, int64 row_stride, int32 rows, int32 cols)
+        : data(static_cast<const char*>(data)),
+          row_bytes(row_stride * ELEMENT_BYTES),
           rows(rows),
-          width(cols * static_cast<int>(sizeof(T))) {}
+          width(cols * ELEMENT_BYTES) {}
 
     // Starts the copy of the rows from `row` on; what lies beyond the tensor's rows and columns
     // becomes zero. All threads of the block take part.

@@ -21,7 +21,7 @@ struct bfloat16 {
     uint16 bits;
 };
 
-// float32 elements whose products may round to TF32 (precision='tf32'); the same bits as float.
+// float32 elements whose products may round to 11 bits, as TF32 has (precision='tf32').
 struct tensorfloat32 {
     float value;
 };

@@ -65,7 +65,9 @@ def pytest_terminal_summary(
         exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
         and config.args == config.getini("testpaths")
         and config.option.markexpr == "not slow"
-        and not (config.option.keyword or config.option.lf or config.option.maxfail)
+        and not (
+            config.option.keyword or getattr(config.option, "lf", False) or config.option.maxfail
+        )
     )
     if why_no_gpu() is None and complete:
         passed, failed, errors, skipped = (

@@ -49,4 +49,4 @@ def assert_exact(case: Case, results: tuple[Any, ...], engine: Engine = CPU) -> 
 
 def _unit(name: str, case: Case) -> float:
     dtype = np.dtype(np.float32) if name == "lse" else case.dtype
-    return float(finfo(dtype).eps) * (8 if dtype == np.float32 else 1)
+    return float(finfo(dtype).eps) * (4 if dtype == np.float32 else 1)

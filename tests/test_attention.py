@@ -26,6 +26,7 @@ from strategies import (
 )
 
 import flash_cupy
+from flash_cupy import tiled
 
 FLOATS = (FLOAT32, FLOAT64)
 
@@ -347,15 +348,22 @@ def test_batch_axes_broadcast(engine: Engine, case: Case) -> None:
         np.testing.assert_allclose(x, y, **_close(case))
 
 
-@pytest.mark.parametrize("repeated", ["q", "k", "v"])
+@pytest.mark.parametrize("repeated", ["q", "k", "v", "qk", "qv", "kv"])
 @pytest.mark.parametrize("lead", [(), (1,)], ids=str)
-def test_each_input_broadcasts_alone(engine: Engine, repeated: str, lead: tuple[int, ...]) -> None:
-    case = make_case((3,), 4, 2, 33, 40, 8, 16, FLOAT64, seed=10, causal=True)
-    x = getattr(case, repeated)[0].reshape(*lead, *getattr(case, repeated).shape[1:])
-    broadcast = replace(case, **{repeated: x})
-    full = replace(case, **{repeated: np.broadcast_to(x, getattr(case, repeated).shape).copy()})
+@pytest.mark.parametrize("alibi", [False, True])
+def test_inputs_broadcast_alone(
+    engine: Engine, repeated: str, lead: tuple[int, ...], alibi: bool
+) -> None:
+    case = make_case((3,), 4, 2, 33, 40, 8, 16, FLOAT64, seed=11, alibi=alibi, causal=True)
+    alone = {name: getattr(case, name)[0] for name in repeated}
+    broadcast = replace(case, **{name: x.reshape(*lead, *x.shape) for name, x in alone.items()})
+    full = replace(
+        case,
+        **{name: np.broadcast_to(x, getattr(case, name).shape).copy() for name, x in alone.items()},
+    )
     expected = dict(zip(NAMES, engine.run(full), strict=True))
-    expected[f"d{repeated}"] = expected[f"d{repeated}"].sum(axis=0).reshape(x.shape)
+    for name, x in alone.items():
+        expected[f"d{name}"] = expected[f"d{name}"].sum(axis=0).reshape(*lead, *x.shape)
     for got, y in zip(engine.run(broadcast), expected.values(), strict=True):
         np.testing.assert_allclose(got, y, **_close(case))
 
@@ -410,14 +418,27 @@ def test_out_is_written_and_returned(engine: Engine, case: Case) -> None:
 def test_vjp_is_forward_and_backward(engine: Engine, case: Case) -> None:
     case = replace(case, dlse=np.zeros_like(case.dlse))
     q, k, v, do = (engine.array(x) for x in (case.q, case.k, case.v, case.do))
-    o, backprop = flash_cupy.attention_vjp(q, k, v, **engine.options_of(case))
-    results = tuple(engine.download(x) for x in (o, *backprop(do)))
+    options = engine.options_of(case)
     expected = engine.run(case, deterministic=True)
+    o, backprop = flash_cupy.attention_vjp(q, k, v, deterministic=True, **options)
+    results = tuple(engine.download(x) for x in (o, *backprop(do)))
+    assert_same((results[0], expected[1], *results[1:]), expected)
+    o, backprop = flash_cupy.attention_vjp(q, k, v, **options)
+    results = tuple(engine.download(x) for x in (o, *backprop(do)))
     np.testing.assert_array_equal(results[0], expected[0])
     for got, x in zip(results[1:], expected[2:], strict=True):
         np.testing.assert_allclose(
             got.astype(FLOAT64), x.astype(FLOAT64), rtol=0, atol=_grad_tolerance(case, x)
         )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_vjp_hands_deterministic_on(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    given = []
+    monkeypatch.setattr(tiled, "backward", lambda *args: given.append(args[-1]))
+    x = np.ones((5, 8), np.float32)
+    flash_cupy.attention_vjp(x, x, x, deterministic=deterministic, device="cpu")[1](x)
+    assert given == [deterministic]
 
 
 def _grad_tolerance(case: Case, x: np.ndarray) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import accuracy
 import attention
 import machine
 import numpy as np
+import overheads
 import peers
 import pictures
 import pytest
@@ -24,6 +26,8 @@ import timing
 from cells import DIRECTIONS, PRESETS, Cell, Grid
 
 import flash_cupy
+from flash_cupy import cuda
+from flash_cupy.cuda.launch import Gpu
 
 CELL = Cell(batch=2, heads=3, seqlen=50, head_dim=8, mask="full", dtype="float32", direction="both")
 
@@ -89,6 +93,25 @@ def test_summary_by_hand() -> None:
     assert row["by_head_dim"] == {"8": pytest.approx(2), "16": pytest.approx(2)}
     assert row["worst"] == {"ratio": 0.5, "head_dim": 16, "seqlen": 70, "mask": "full"}
     assert "D16 N70 full" in report.summary_table([row])
+
+
+def test_errors_are_compared_where_both_are_known() -> None:
+    def of(o: float, dq: float) -> dict[str, Any]:
+        return {"errors": {"o": {"rms": o, "max": 9.0}, "dq": {"rms": dq, "max": 9.0}}}
+
+    results = {"flash_cupy": of(1.0, 3.0), "dense": of(2.0, 2.0), "exact": of(0.0, 0.0)}
+    assert report.error_ratio(results, "dense") == 1.5
+    assert report.error_ratio(results, "exact") is None
+    assert report.error_ratio({**results, "no": {"failed": "no"}}, "no") is None
+    records = [
+        record(replace(CELL, seqlen=n), {"flash_cupy": 1.0, "dense": 2.0}) for n in (8, 9, 10)
+    ]
+    for each, error in zip(records, (4.0, 0.5, 2.0), strict=True):
+        for name, of_name in (("flash_cupy", of(1.0, 1.0)), ("dense", of(error, error))):
+            each["results"][name] |= of_name
+    (row,) = report.summary(records)
+    assert row["worst_error_ratio"] == 2.0
+    assert report.summary_table([row]).endswith("2.00")
 
 
 def test_causal_over_full() -> None:
@@ -190,6 +213,46 @@ def test_torch_agrees(direction: str, mask: str) -> None:
     x = peers.random_inputs(cell, np)
     trial = attention.trial(competitor, x, cell, accuracy.reference(x, cell, np))
     assert all(error["max"] < 1e-5 for error in trial["errors"].values())
+
+
+class FakePools:
+    """CuPy's pools, as far as a competitor uses them: they count and never forget."""
+
+    def __init__(self) -> None:
+        self.bytes, self.kept, self.freed, self.current = 0, 0, 0, None
+        self.cuda = SimpleNamespace(MemoryPool=lambda: self, using_allocator=self.using)
+        self.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=self.note)
+
+    def malloc(self, size: int) -> None:
+        self.bytes += size
+
+    def total_bytes(self) -> int:
+        return self.bytes
+
+    def free_all_blocks(self) -> None:
+        self.bytes = self.kept
+
+    def note(self) -> None:
+        self.freed += 1
+
+    @contextmanager
+    def using(self, allocator: Any) -> Iterator[None]:
+        self.current = allocator
+        yield
+        self.current = None
+
+
+def test_memory_of_a_trial_is_counted_and_given_back() -> None:
+    """In a pool that stays: that of a pool which is gone may stay allocated for good."""
+    xp = FakePools()
+    competitor = peers.Ours(xp)
+    xp.bytes = 5  # of an array that lives
+    assert competitor.peak_bytes(lambda: xp.current(70)) == 70
+    assert xp.current is None
+    xp.kept = 5
+    competitor.release()
+    assert (xp.bytes, xp.freed) == (5, 1)
+    assert competitor.peak_bytes(lambda: xp.current(3)) == 3
 
 
 def test_default_backward_is_a_peer_of_the_deterministic_one_only() -> None:
@@ -318,6 +381,39 @@ def test_peer_that_fails_when_it_is_timed(tmp_path: Path, monkeypatch: pytest.Mo
     assert result["errors"]["o"]["max"] < 1e-5
 
 
+def test_memory_is_given_back_before_the_inputs_of_each_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PyTorch keeps of the last cell, CuPy could not have for the arrays of the next one."""
+    order: list[str] = []
+    inputs = attention.random_inputs
+    monkeypatch.setattr(attention, "release", lambda present: order.append(f"{len(present)}"))
+    monkeypatch.setattr(
+        attention, "random_inputs", lambda *args: order.append("inputs") or inputs(*args)
+    )
+    run(tmp_path, "--directions", "forward", "--masks", "full")
+    everyone = f"{len(peers.competitors(np))}"
+    starts = [place for place, what in enumerate(order) if what == "inputs"]
+    assert len(starts) == 2
+    assert all(order[place - 1] == everyone for place in starts)
+
+
+def test_chosen_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--directions", "forward", "--masks", "full")
+    _, figures, _ = run(tmp_path, *options, "--peers")
+    assert {name for cell in figures["cells"] for name in cell["results"]} == {"flash_cupy"}
+    _, figures, _ = run(tmp_path, *options, "--peers", "dense_attention")
+    assert all("dense_attention" in cell["results"] for cell in figures["cells"])
+    with pytest.raises(SystemExit, match="2"):
+        attention.main(["--device", "cpu", "--peers", "torch lightning"])
+    message = "--peers: torch lightning: not one of those on this machine, flash_cupy, default"
+    assert message in capsys.readouterr().err
+
+
+def test_dense_attention_is_among_the_peers() -> None:
+    assert PRESETS["peers"].peers is None
+
+
 def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = replace(PRESETS["memory"], grids=PRESETS["cpu"].grids)  # has no peer named 'dense'
     monkeypatch.setitem(PRESETS, "memory", preset)
@@ -356,3 +452,98 @@ def test_gpu_that_is_not_there(
 
 def test_slug() -> None:
     assert machine.slug("NVIDIA H200 (80 GB)") == "nvidia-h200-80-gb"
+
+
+# --------------------------------------------------------------------------------------- overheads
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Kernels that note their launches; `launch_two` is a call that launches two of them."""
+    launched: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        Gpu, "load", lambda self, kernel, plan: lambda *args, **options: launched.append(args)
+    )
+    yield launched
+    cuda.gpu_engine.cache_clear()
+
+
+def launch_two() -> None:
+    machine = cuda.gpu_engine().machine
+    for number, kernel in enumerate(("row_dots", "store_dq")):
+        machine.load(kernel, None)((number,), (32,), ("params",), shared_mem=0)
+
+
+def test_launches_are_repeated_bare(kernels: list[tuple[Any, ...]]) -> None:
+    launches = overheads.launches_of(launch_two)
+    assert len(launches) == 2 and len(kernels) == 2
+    for launch in launches:
+        launch()
+    assert kernels[2:] == kernels[:2] == [((0,), (32,), ("params",)), ((1,), (32,), ("params",))]
+    launch_two()
+    assert len(launches) == 2  # no longer noted
+
+
+def test_loads_are_timed(kernels: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Gpu.load
+    with overheads.timed_loads() as seconds:
+        launch_two()
+    assert list(seconds) == ["row_dots", "store_dq"] and min(seconds.values()) >= 0
+    assert Gpu.load is load
+
+
+def test_microseconds_are_medians_of_loops_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overheads, "CALLS", 4)
+    monkeypatch.setattr(overheads, "LOOPS", 3)
+    clock, steps, order = [0.0], iter([1, 2, 9, 2, 1, 2]), []
+
+    def tick(name: str) -> None:
+        if not order or order[-1] != name:
+            order.append(name)
+            clock.append(clock[-1] + 1e-6 * 4 * next(steps))
+
+    monkeypatch.setattr(overheads.time, "perf_counter", lambda: clock[-1])
+    calls = {name: partial(tick, name) for name in ("a", "b")}
+    times = overheads.microseconds(calls, lambda: None)
+    assert order == ["a", "b"] * 3
+    assert times == {"a": pytest.approx(1), "b": pytest.approx(2)}
+
+
+def test_first_calls_are_compiled_and_then_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two processes that share a cache on disk, which is empty at first and gone at last."""
+    caches: list[Path] = []
+
+    def elsewhere(cache: Path, xp: Any) -> list[dict[str, Any]]:
+        assert list(cache.iterdir()) == [cache / "kernel"] * len(caches)
+        (cache / "kernel").touch()
+        caches.append(cache)
+        row = {"dtype": "float16", "head_dim": 64, "causal": True, "pass": "forward"}
+        return [{**row, "seconds": 2.0 / len(caches), "kernels": {"k": 1.0 / len(caches)}}]
+
+    monkeypatch.setattr(overheads, "first_calls_elsewhere", elsewhere)
+    (row,) = overheads.compiled_and_cached(np)
+    assert row["compiled"] == {"seconds": 2.0, "kernels": {"k": 1.0}}
+    assert row["cached"] == {"seconds": 1.0, "kernels": {"k": 0.5}}
+    assert caches[0] == caches[1] and not caches[0].exists()
+    printed = overheads.overheads_table({"first_calls": [row], "calls": []})
+    assert "float16  64  causal  forward" in printed and "2.000" in printed
+
+
+def test_overheads_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU there are no kernels; the rest is the same, processes included."""
+    monkeypatch.setattr(overheads, "CALLS", 1)
+    monkeypatch.setattr(overheads, "LOOPS", 1)
+    program = ["--preset", "overheads", "--device", "cpu", "--out", str(tmp_path)]
+    assert attention.main(program) == 0
+    (path,) = tmp_path.glob("*/overheads.json")
+    figures = json.loads(path.read_text())
+    assert set(figures) == {"header", "calls", "first_calls"}
+    assert [row["pass"] for row in figures["calls"]] == ["forward", "backward", "deterministic"]
+    for row in figures["calls"]:
+        assert row["over"] == pytest.approx(row["call"] - row["launches"])
+    assert len(figures["first_calls"]) == 3 * len(overheads.FIRST_CALLS)
+    assert all(row["compiled"]["seconds"] > 0 for row in figures["first_calls"])
+    printed = capsys.readouterr().out
+    assert "First calls" in printed and "CPU time of later calls" in printed

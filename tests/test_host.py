@@ -4,92 +4,21 @@ What a function computes is tested on a GPU too, where there is one, so that the
 semantics are the machine's.
 """
 
+# ruff: noqa: F811 (fixtures are imported)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from host.device import HERE as HOST
-from host.device import HostDevice, HostKernelError, missing_compiler
+from host.device import HostDevice, HostKernelError
 from host.machine import Image
-from numpy.typing import DTypeLike, NDArray
-
-from flash_cupy.cuda.compiler import inline_includes, kernel_folder
-from flash_cupy.gpu import why_no_gpu
+from host.testing import Machine, device, machine, rng, run  # noqa: F401
+from numpy.typing import NDArray
 
 LANES = np.arange(32)
 G, T = LANES // 4, LANES % 4
-
-
-class Gpu:
-    """A real GPU behind the methods of a HostDevice: what it computes, the host device must."""
-
-    def compile(self, source: str, name: str) -> Any:
-        import cupy
-
-        return cupy.RawKernel(source, name, options=("-std=c++17",))
-
-    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-        import cupy
-
-        return cupy.empty(shape, dtype)
-
-    def asarray(self, values: NDArray) -> Any:
-        import cupy
-
-        return cupy.asarray(values)
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[HostDevice]:
-    """Give the host device, for what a GPU does not do: reports, and an order by seed."""
-    if reason := missing_compiler():
-        pytest.skip(reason)
-    device = HostDevice()
-    yield device
-    device.close()
-
-
-@pytest.fixture(params=["host", "gpu"])
-def machine(request: pytest.FixtureRequest) -> HostDevice | Gpu:
-    """Give the host device and, where there is one, a GPU, which computes the same."""
-    if request.param == "host":
-        return request.getfixturevalue("device")
-    if reason := why_no_gpu():
-        pytest.skip(reason)
-    return Gpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
-def run(
-    machine: HostDevice | Gpu,
-    parameters: str,
-    body: str,
-    *args: Any,
-    grid: int = 1,
-    block: int = 32,
-    **options: int,
-) -> None:
-    """Run a kernel with this body, whose first line is line 1 of "test.cu"."""
-    folders = (HOST, kernel_folder()) if isinstance(machine, HostDevice) else (kernel_folder(),)
-    source = f"""{inline_includes("ptx.cuh", folders)}
-extern "C" __global__ void test({parameters}) {{
-#line 1 "test.cu"
-{body}
-}}
-"""
-    kernel = machine.compile(source, "test")
-    if not isinstance(machine, HostDevice):
-        options.pop("seed", None)  # of the host's scheduler
-    kernel((grid,), (block,), args, **{"shared_mem": 1024, **options})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -97,7 +26,7 @@ extern "C" __global__ void test({parameters}) {{
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_load_matrix(machine: HostDevice | Gpu, rng: np.random.Generator, transposed: bool) -> None:
+def test_load_matrix(machine: Machine, rng: np.random.Generator, transposed: bool) -> None:
     """Rows at any 16-byte addresses; matrix i comes from the addresses of lanes 8i to 8i + 7."""
     rows = rng.integers(0, 1 << 16, (64, 8), np.uint16)
     chosen = rng.permutation(64)[:32].astype(np.int32)
@@ -147,8 +76,6 @@ def accumulator(matrix: NDArray) -> NDArray:
 
 K16_A = [(0, 0), (8, 0), (0, 8), (8, 8)]
 K16_B = [(0, 0), (0, 8)]
-K8_A = [(0, 0), (8, 0), (0, 4), (8, 4)]
-K8_B = [(0, 0), (0, 4)]
 F64_A = [(row, 4 * i) for i in range(4) for row in (0, 8)]
 F64_B = [(0, 4 * i) for i in range(4)]
 
@@ -158,12 +85,11 @@ F64_B = [(0, 4 * i) for i in range(4)]
     [
         ("mma_f16", np.float16, 16, K16_A, K16_B),
         ("mma_bf16", ml_dtypes.bfloat16, 16, K16_A, K16_B),
-        ("mma_tf32", np.float32, 8, K8_A, K8_B),
         ("mma_f64", np.float64, 16, F64_A, F64_B),
     ],
 )
 def test_mma(
-    machine: HostDevice | Gpu,
+    machine: Machine,
     rng: np.random.Generator,
     function: str,
     dtype: type,
@@ -189,8 +115,6 @@ def test_mma(
         d,
         *map(machine.asarray, (a_registers, b_registers)),
     )
-    if dtype is np.float32:  # 10 bits of mantissa count
-        a, b = ((x.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32) for x in (a, b))
     expected = c + a.astype(np.float64) @ b.astype(np.float64)
     eps = np.finfo(real).eps
     np.testing.assert_allclose(d.get(), accumulator(expected), rtol=4 * eps, atol=64 * eps)
@@ -213,9 +137,7 @@ def hard_floats(rng: np.random.Generator, dtype: type) -> NDArray:
     return values[: len(values) // 64 * 64]
 
 
-def apply(
-    machine: HostDevice | Gpu, expression: str, x: NDArray, result: type, step: int = 1
-) -> NDArray:
+def apply(machine: Machine, expression: str, x: NDArray, result: type, step: int = 1) -> NDArray:
     """`expression` of x, where x is `step` consecutive elements from `in` on."""
     source = {2: "uint16", 4: "float"}[x.itemsize]
     target = "uint32" if result is np.uint32 else "float"
@@ -241,9 +163,7 @@ def apply(
 @pytest.mark.parametrize(
     ("function", "dtype"), [("pack_f16", np.float16), ("pack_bf16", ml_dtypes.bfloat16)]
 )
-def test_pack(
-    machine: HostDevice | Gpu, rng: np.random.Generator, function: str, dtype: type
-) -> None:
+def test_pack(machine: Machine, rng: np.random.Generator, function: str, dtype: type) -> None:
     x = hard_floats(rng, dtype)
     packed = apply(machine, f"{function}(in[0], in[1])", x, np.uint32, step=2)
     got, expected = packed.view(dtype).astype(np.float32), x.astype(dtype).astype(np.float32)
@@ -255,31 +175,23 @@ def test_pack(
 @pytest.mark.parametrize(
     ("name", "dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)]
 )
-def test_to_float(machine: HostDevice | Gpu, name: str, dtype: type) -> None:
+def test_to_float(machine: Machine, name: str, dtype: type) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     got = apply(machine, f"to_float({name}{{in[0]}})", bits, np.float32)
     np.testing.assert_array_equal(got, bits.view(dtype).astype(np.float32))
 
 
-def tf32(bits: np.ndarray) -> np.ndarray:
-    """What tensor cores see of these bits: not the lower 13."""
-    return (bits & ~np.uint32(0x1FFF)).view(np.float32)
-
-
-def test_round_to_tf32(machine: HostDevice | Gpu, rng: np.random.Generator) -> None:
-    """To the nearest of 11 significant bits, ties away from zero."""
-    x = rng.standard_normal(512).astype(np.float32)
-    x[:128] = (x[:128].view(np.uint32) & ~np.uint32(0x1FFF) | np.uint32(0x1000)).view(np.float32)
-    got = tf32(apply(machine, "round_to_tf32(in[0])", x, np.uint32))
-    mantissa, exponent = np.frexp(x.astype(np.float64))
-    away = np.copysign(np.floor(np.abs(mantissa) * 2**11 + 0.5), mantissa)
-    np.testing.assert_array_equal(got, np.ldexp(away, exponent - 11))
-
-
-def test_round_to_tf32_special(machine: HostDevice | Gpu) -> None:
-    x = np.resize(np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-40], np.float32), 64)
-    got = tf32(apply(machine, "round_to_tf32(in[0])", x, np.uint32))
-    np.testing.assert_allclose(got, x, rtol=2**-11, atol=2.0**-137)
+def test_warp_max(machine: Machine, rng: np.random.Generator) -> None:
+    x = rng.integers(0, 1 << 32, 32, np.uint32)
+    y = machine.empty((32,), np.uint32)
+    run(
+        machine,
+        "const uint32* x, uint32* y",
+        "y[threadIdx.x] = warp_max(x[threadIdx.x]);",
+        machine.asarray(x),
+        y,
+    )
+    np.testing.assert_array_equal(y.get(), np.full(32, x.max()))
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
@@ -289,7 +201,7 @@ def test_round_to_tf32_special(machine: HostDevice | Gpu) -> None:
     [("exp2_approx", np.exp2), ("reciprocal_approx", np.reciprocal)],
 )
 def test_approx(
-    machine: HostDevice | Gpu, rng: np.random.Generator, function: str, numpy_function: np.ufunc
+    machine: Machine, rng: np.random.Generator, function: str, numpy_function: np.ufunc
 ) -> None:
     x = (rng.standard_normal(512) * 60).astype(np.float32)
     x[:6] = 0, -0.0, np.inf, -np.inf, np.nan, -130
@@ -304,7 +216,7 @@ def test_approx(
 
 
 @pytest.mark.parametrize("nbytes", [4, 8, 16])
-def test_copy_async(machine: HostDevice | Gpu, rng: np.random.Generator, nbytes: int) -> None:
+def test_copy_async(machine: Machine, rng: np.random.Generator, nbytes: int) -> None:
     """A unit from the source where it is valid, zeros where not; two groups in flight."""
     source = rng.integers(0, 256, (2, 32, nbytes), np.uint8)
     target = machine.empty(source.shape, np.uint8)
@@ -354,13 +266,13 @@ def test_copy_async(machine: HostDevice | Gpu, rng: np.random.Generator, nbytes:
         ("x < 8 ? __shfl_sync(0xffu, x, 2) : __shfl_sync(~0xffu, x, 9)", np.where(LANES < 8, 2, 9)),
     ],
 )
-def test_warp_collective(machine: HostDevice | Gpu, call: str, expected: NDArray) -> None:
+def test_warp_collective(machine: Machine, call: str, expected: NDArray) -> None:
     y = machine.empty((32,), np.int32)
     run(machine, "int* y", f"const int x = threadIdx.x; y[x] = {call};", y, seed=3)
     np.testing.assert_array_equal(y.get(), expected)
 
 
-def test_add_global(machine: HostDevice | Gpu) -> None:
+def test_add_global(machine: Machine) -> None:
     """Sums by many blocks of vectors of floats and of doubles."""
     sums, total = machine.asarray(np.zeros(4, np.float32)), machine.asarray(np.zeros(1))
     body = """

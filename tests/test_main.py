@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 from strategies import FLOAT32, FLOAT64
+from test_why_no_gpu import FakeCupy
 
 from flash_cupy import __main__ as main
 from flash_cupy import arrays, tiled
+from flash_cupy.gpu import why_no_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +23,29 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_checks_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main() == 0
     printed = capsys.readouterr().out
-    assert "flash_cupy" in printed and "GPU: " in printed and "engines: cpu" in printed
+    assert "flash_cupy" in printed and "engines: cpu" in printed
+    assert ("GPU: none, because " in printed) == (why_no_cuda() is not None)
     assert printed.count("  ok") == len(main.OPTIONS) * 4 * (
         2 if "engines: cpu, gpu" in printed else 1
     )
     assert "all checks passed" in printed
+
+
+def test_every_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is too old, and whatever is wrong with CUDA itself."""
+    cupy = FakeCupy()
+    cupy.capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(main, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(main, "nvrtc_build", lambda: (12, 9, 86))
+    monkeypatch.setattr(main, "why_no_gpu", lambda: [None, "it is too old"][cupy.current])
+    assert list(main._gpus()) == [
+        "CUDA: driver for 12.8, NVRTC 12.9.86",
+        "GPU 0: Card 0, compute capability 9.0",
+        "GPU 1: Card 1, compute capability 7.5; not used, because it is too old",
+    ]
+    monkeypatch.setattr(main, "why_no_cuda", lambda: "NVRTC is 12.4, pip install another")
+    assert list(main._gpus()) == ["GPU: none, because NVRTC is 12.4, pip install another"]
 
 
 @pytest.mark.parametrize("wrong", [1e-4, np.nan])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 
 import flash_cupy
-from flash_cupy import arrays, problem
+from flash_cupy import ahead, arrays, problem
+from flash_cupy.cuda import plan
 from flash_cupy.gpu import why_no_gpu
 from flash_cupy.problem import Options, Problem
 
@@ -288,10 +289,80 @@ def test_numpy_integers_and_floats_are_numbers() -> None:
     )
 
 
+@pytest.mark.parametrize("wrong, message", [(1, "1"), (None, "None"), ("yes", "'yes'")])
+def test_vjp_checks_deterministic_before_any_work(wrong: Any, message: str) -> None:
+    out = np.full_like(O, 7)
+    with pytest.raises(TypeError, match=f"^deterministic: got {message}, takes True or False"):
+        flash_cupy.attention_vjp(Q, K, V, deterministic=wrong, out=out)
+    assert (out == 7).all()
+
+
 @pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU")
 def test_compile_without_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"^no GPU to compile for: CuPy "):
         flash_cupy.compile([64], np.float16)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, ">f4", "float8"])
+def test_compile_checks_its_dtype(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"^dtype: got |not understood"):
+        flash_cupy.compile([64], dtype)
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Let `compile` make its calls on NumPy arrays, and note them."""
+    calls: list[tuple[Any, ...]] = []
+
+    def note(name: str) -> None:
+        function = getattr(ahead, name)
+
+        def noted(*arrays: Any, **options: Any) -> Any:
+            calls.append((name, [x.shape for x in arrays], arrays[0].dtype, options))
+            return function(*arrays, **options)
+
+        monkeypatch.setattr(ahead, name, noted)
+
+    note("attention_forward")
+    note("attention_backward")
+    monkeypatch.setattr(ahead, "why_no_gpu", lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    return calls
+
+
+def test_compile_makes_the_calls_it_is_asked_for(compiled_calls: list[tuple[Any, ...]]) -> None:
+    flash_cupy.compile(
+        [8, (16, 4)], "float32", precision="tf32", deterministic=True, progress=False
+    )
+    forward, backward = compiled_calls[::2], compiled_calls[1::2]
+    assert [shapes[1:] for _, shapes, _, _ in forward] == [
+        [(1, 2, 8), (1, 2, 8)],
+        [(1, 2, 8), (1, 2, 8)],
+        [(1, 2, 16), (1, 2, 4)],
+        [(1, 2, 16), (1, 2, 4)],
+    ]
+    assert [options["causal"] for *_, options in forward] == [False, True] * 2
+    assert {name for name, *_ in backward} == {"attention_backward"}
+    assert all(options["deterministic"] for *_, options in backward)
+    assert {options["precision"] for *_, options in compiled_calls} == {"tf32"}
+
+
+def test_compile_with_few_kernels(compiled_calls: list[tuple[Any, ...]]) -> None:
+    flash_cupy.compile(
+        [8], "bfloat16", masks=[True], softcap=True, alibi=True, backward=False, progress=False
+    )
+    ((name, _, dtype, options),) = compiled_calls
+    assert (name, dtype.name, options["precision"]) == ("attention_forward", "bfloat16", None)
+    assert options["causal"] and options["softcap"] and options["alibi_slopes"].shape == (1,)
+
+
+def test_compile_checks_options(compiled_calls: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(ValueError, match=r"^precision: got 'fast', takes None or 'tf32'"):
+        flash_cupy.compile([8], np.float32, precision="fast", progress=False)
+    with pytest.raises(ValueError, match=r"^precision: got 'tf32' for float16, takes None there"):
+        flash_cupy.compile([8], np.float16, precision="tf32", progress=False)
+    with pytest.raises(TypeError, match=r"^deterministic: got 1, takes True or False"):
+        flash_cupy.compile([8], np.float16, deterministic=1, progress=False)
 
 
 def test_precision_is_checked() -> None:
@@ -308,13 +379,34 @@ def test_precision_is_checked() -> None:
 def gpu_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let checks believe in a GPU."""
     monkeypatch.setattr(problem, "why_no_gpu", lambda: None)
-    monkeypatch.setattr(problem, "_problem", lru_cache(typed=True)(problem._problem.__wrapped__))
 
 
 def test_numpy_arrays_go_to_a_gpu_that_is_there(gpu_is_there: None) -> None:
     assert Problem.of(Q, K, V, Options()).device == "gpu"
     assert Problem.of(Q, K, V, Options(device="gpu")).device == "gpu"
     assert Problem.of(Q, K, V, Options(device="cpu")).device == "cpu"
+
+
+def test_each_call_goes_by_the_device_that_is_current(
+    gpu_is_there: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call like one that ran on another GPU is not taken for it."""
+    assert Problem.of(Q, K, V, Options()).device == "gpu"
+    monkeypatch.setattr(problem, "why_no_gpu", lambda: "GPU 1 is too old")
+    assert Problem.of(Q, K, V, Options()).device == "cpu"
+    with pytest.raises(ValueError, match=r"^device: got 'gpu', but GPU 1 is too old; takes 'cpu'"):
+        Problem.of(Q, K, V, Options(device="gpu"))
+    monkeypatch.setattr(problem, "why_no_gpu", lambda: None)
+    assert Problem.of(Q, K, V, Options()).device == "gpu"
+
+
+def test_the_cpu_is_not_asked_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "why_no_gpu", lambda: 1 / 0)
+    assert Problem.of(Q, K, V, Options(device="cpu")).device == "cpu"
+
+
+def test_widest_heads_on_a_gpu_are_those_of_the_widest_kernel() -> None:
+    assert max(plan.HEAD_DIMS) == problem.MAX_GPU_HEAD_DIM
 
 
 @pytest.mark.parametrize("head_dim, head_dim_v", [(257, 3), (3, 257)])
@@ -348,6 +440,16 @@ def test_cupy_arrays_stay_on_their_gpu(cupy_array: Callable[..., Any]) -> None:
         flash_cupy.attention(q, k, v, device="cpu")
     with pytest.raises(ValueError, match=r"^v: got an array on GPU 1, takes .* GPU 0"):
         flash_cupy.attention(q, k, cupy_array(V, device=1))
+
+
+def test_cupy_arrays_on_a_gpu_that_is_too_old(
+    cupy_array: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = map(cupy_array, (Q, K, V))
+    assert Problem.of(q, k, v, Options()).device == "gpu"
+    monkeypatch.setattr(problem, "why_no_gpu", lambda: "GPU 0 is too old")
+    with pytest.raises(ValueError, match=r"^q, k and v: got CuPy arrays, but GPU 0 is too old"):
+        flash_cupy.attention(q, k, v)
 
 
 def test_numpy_and_cupy_arrays_do_not_mix(cupy_array: Callable[..., Any]) -> None:

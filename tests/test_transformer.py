@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import ops_numpy as ops
 import pytest
 import transformer
+from costs import flash_vjp
 from transformer import Array, Config, Parameter, Parameters, Transformer
-
-import flash_cupy
 
 BATCH, CONTEXT = 2, 5
 SMALL = Config(vocabulary=11, context=7, layers=2, heads=2, width=6, dtype="float64")
-ATTEND = partial(flash_cupy.attention_vjp, device="cpu")
+ATTEND = partial(flash_vjp, device="cpu")
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -24,7 +24,8 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def parameter(*shape: int, seed: int = 1) -> Parameter:
-    return Parameter(random(*shape, seed=seed), np.zeros(shape))
+    value = random(*shape, seed=seed)
+    return Parameter(value, np.zeros(shape), value)
 
 
 def small_model(config: Config = SMALL) -> Transformer:
@@ -48,20 +49,24 @@ def slopes(function: Callable[[], float], array: np.ndarray, step: float = 1e-5)
     return result
 
 
-def check_piece(
-    piece: Callable[[Array], tuple[Array, transformer.Backprop]],
+def check_gradients(
+    function: Callable[..., tuple[Array, ...]],
+    backprop: Callable[..., Array],
     x: np.ndarray,
     parameters: list[Parameter],
 ) -> None:
-    """Hold all gradients of ⟨piece(x), dy⟩ against finite differences; gradients must add up."""
-    y, backprop = piece(x)
-    dy = random(*y.shape, seed=3)
+    """Hold all gradients of Σ⟨y, dy⟩ over the results y of function(x) against differences.
+
+    `backprop(*dys)` returns dx and adds the parameters' gradients to what is in `grad` already.
+    """
+    ys = function(x)
+    dys = [random(*y.shape, seed=3 + i) for i, y in enumerate(ys)]
     for each in parameters:
         each.grad[...] = 1.0
-    dx = backprop(dy.copy())
+    dx = backprop(*(dy.copy() for dy in dys))
 
     def value() -> float:
-        return float((piece(x)[0] * dy).sum())
+        return float(sum((y * dy).sum() for y, dy in zip(function(x), dys, strict=True)))
 
     if x.dtype.kind == "f":
         np.testing.assert_allclose(dx, slopes(value, x), rtol=1e-7, atol=1e-8)
@@ -69,45 +74,89 @@ def check_piece(
         np.testing.assert_allclose(each.grad - 1, slopes(value, each.value), rtol=1e-7, atol=1e-8)
 
 
-def test_linear() -> None:
-    weight, bias = parameter(3, 4), parameter(4)
+def check_piece(
+    piece: Callable[[Array], tuple[Array, transformer.Backprop]],
+    x: np.ndarray,
+    parameters: list[Parameter],
+) -> None:
+    check_gradients(lambda x: (piece(x)[0],), piece(x)[1], x, parameters)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear(biased: bool) -> None:
+    weight, bias = parameter(3, 4), parameter(4) if biased else None
     x = random(6, 3)
-    np.testing.assert_allclose(
-        transformer.linear(x, weight, bias)[0], x @ weight.value + bias.value, rtol=1e-14
+    expected = x @ weight.value + (bias.value if bias else 0)
+    np.testing.assert_allclose(transformer.linear(ops, x, weight, bias)[0], expected, rtol=1e-14)
+    check_piece(
+        lambda x: transformer.linear(ops, x, weight, bias), x, [weight, *([bias] if bias else [])]
     )
-    check_piece(lambda x: transformer.linear(x, weight, bias), x, [weight, bias])
 
 
-def test_layer_norm() -> None:
-    weight, bias = parameter(5), parameter(5, seed=2)
-    check_piece(lambda x: transformer.layer_norm(x, weight, bias), random(4, 5), [weight, bias])
+@pytest.mark.parametrize("updated", [True, False])
+def test_add_norm(updated: bool) -> None:
+    """The sum, and its rows normalised; with and without a gradient of the sum itself."""
+    gain, shift, bias = parameter(5), parameter(5, seed=2), parameter(5, seed=4)
+    x, y = random(4, 5), random(4, 5, seed=7)
+    update = (y, bias) if updated else (None, None)
+    used = [gain, shift, bias] if updated else [gain, shift]
+    _, _, backprop = transformer.add_norm(ops, x, update, gain, shift)
+
+    def function(x: Array) -> tuple[Array, ...]:
+        return transformer.add_norm(ops, x, update, gain, shift)[:2]
+
+    check_gradients(function, lambda dx, dnormal: backprop(dnormal, dx), x, used)
+    check_gradients(lambda x: function(x)[1:], lambda dnormal: backprop(dnormal, None), x, used)
+    if updated:  # the stream's gradient is that of the update too
+        check_gradients(
+            lambda y: transformer.add_norm(ops, x, (y, bias), gain, shift)[:2],
+            lambda dx, dnormal: backprop(dnormal, dx),
+            y,
+            [],
+        )
 
 
-def test_layer_norm_rows_have_mean_zero_and_variance_one() -> None:
-    unit = Parameter(np.ones(64), np.zeros(64))
-    zero = Parameter(np.zeros(64), np.zeros(64))
-    y, _ = transformer.layer_norm(3 + 5 * random(10, 64), unit, zero)
-    np.testing.assert_allclose(y.mean(axis=1), 0, atol=1e-14)
-    np.testing.assert_allclose(y.var(axis=1), 1, rtol=1e-5)
+def test_rows_are_normalised_to_mean_zero_and_variance_one() -> None:
+    x = 3 + 5 * random(10, 64)
+    _, normal, (mean, inverse) = ops.add_norm(x, None, None, np.ones(64), np.zeros(64))
+    np.testing.assert_allclose(normal.mean(axis=1), 0, atol=1e-14)
+    np.testing.assert_allclose(normal.var(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(mean[:, 0], x.mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(1 / inverse[:, 0], x.std(axis=1), rtol=1e-5)
 
 
-def test_gelu() -> None:
-    check_piece(transformer.gelu, 2 * random(4, 6), [])
-    x = np.array([-100.0, 0.0, 1.0, 100.0])
-    np.testing.assert_allclose(transformer.gelu(x)[0], [0, 0, 0.841192, 100], atol=1e-6)
+def test_bias_gelu() -> None:
+    bias, u = parameter(6), 2 * random(4, 6)
+    check_gradients(
+        lambda u: (ops.bias_gelu(u, bias.value),),
+        lambda dy: ops.bias_gelu_backward(dy, u, bias.value, bias.grad),
+        u,
+        [bias],
+    )
+    x = np.array([[-100.0, 0.0, 1.0, 100.0]])
+    np.testing.assert_allclose(ops.bias_gelu(x, np.zeros(4)), [[0, 0, 0.841192, 100]], atol=1e-6)
 
 
-def test_embedding() -> None:
-    table, tokens = parameter(4, 3), np.array([0, 3, 3, 1, 0])  # repeated: gradients add up
-    np.testing.assert_array_equal(transformer.embedding(tokens, table)[0][3], table.value[1])
-    check_piece(lambda tokens: transformer.embedding(tokens, table), tokens, [table])
+@pytest.mark.parametrize("positioned", [True, False])
+def test_embed(positioned: bool) -> None:
+    table, tokens = parameter(4, 3), np.array([0, 3, 3, 1, 0, 2])  # repeated: gradients add up
+    positions = parameter(5, 3, seed=5) if positioned else None
+    p_value, p_grad = (positions.value, positions.grad) if positions else (None, None)
+    x = ops.embed(tokens, table.value, p_value, 3)
+    expected = table.value[1] + (p_value[0] if positioned else 0)
+    np.testing.assert_array_equal(x[3], expected)
+    check_gradients(
+        lambda tokens: (ops.embed(tokens, table.value, p_value, 3),),
+        lambda dx: ops.embed_backward(dx, tokens, table.grad, p_grad, 3),
+        tokens,
+        [table, *([positions] if positions else [])],
+    )
 
 
-def test_add_positions() -> None:
-    table, x = parameter(6, 3), random(2 * 5, 3)
-    y, _ = transformer.add_positions(x, table, context=5)
-    np.testing.assert_array_equal(y[7], x[7] + table.value[2])
-    check_piece(lambda x: transformer.add_positions(x, table, context=5), x, [table])
+def test_scatter_undoes_gather() -> None:
+    x, rows = random(6, 3), np.array([4, 1])
+    np.testing.assert_array_equal(ops.gather(x, rows), x[[4, 1]])
+    check_gradients(lambda x: (ops.gather(x, rows),), lambda dy: ops.scatter(dy, rows, 6), x, [])
 
 
 def test_alibi_slopes() -> None:
@@ -117,24 +166,21 @@ def test_alibi_slopes() -> None:
 @pytest.mark.parametrize("options", [{"causal": True}, {"alibi_slopes": np.array([0.5, 0.1])}])
 def test_attention(options: dict[str, Any]) -> None:
     parameters, attend = small_model().parameters, partial(ATTEND, **options)
-    used = [parameters[f"0.attention.{p}.{k}"] for p in ("qkv", "out") for k in ("weight", "bias")]
+    used = [parameters[f"0.attention.{name}"] for name in ("qkv.weight", "qkv.bias", "out.weight")]
     check_piece(
         lambda x: transformer.attention(
-            x, parameters, "0.attention", heads=2, context=CONTEXT, attend=attend
+            ops, x, parameters, "0.attention", heads=2, context=CONTEXT, attend=attend
         ),
         random(BATCH * CONTEXT, SMALL.width),
         used,
     )
 
 
-def test_mlp_and_residual() -> None:
+def test_mlp() -> None:
     parameters = small_model().parameters
-    used = [p for name, p in parameters.named.items() if name.startswith("0.mlp")]
-    assert len(used) == 6
+    used = [parameters[f"0.mlp.{name}"] for name in ("up.weight", "up.bias", "out.weight")]
     check_piece(
-        lambda x: transformer.residual(x, parameters, "0.mlp", transformer.mlp),
-        random(4, SMALL.width),
-        used,
+        lambda x: transformer.mlp(ops, x, parameters, "0.mlp"), random(4, SMALL.width), used
     )
 
 
@@ -143,33 +189,53 @@ def test_cross_entropy() -> None:
     x = random(4, 3)
     logits = x @ table.value.T
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    loss, _ = transformer.cross_entropy(x, table, targets)
+    loss = ops.cross_entropy(x, table.value, targets)
     assert loss == pytest.approx(-np.log(p[range(4), targets]).mean(), rel=1e-13)
-    check_piece(lambda x: transformer.cross_entropy(x, table, targets), x, [table])
+    table.grad[...] = 1.0
+    again, dx = ops.cross_entropy_backward(x, table.value, targets, table.grad)
+    assert again == loss
+
+    def value() -> float:
+        return float(ops.cross_entropy(x, table.value, targets))
+
+    np.testing.assert_allclose(dx, slopes(value, x), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(table.grad - 1, slopes(value, table.value), rtol=1e-7, atol=1e-9)
 
 
 def test_cross_entropy_of_huge_logits() -> None:
-    table = Parameter(np.array([[1e4], [-1e4]]), np.zeros((2, 1)))
-    loss, backprop = transformer.cross_entropy(np.ones((1, 1)), table, np.array([1]))
+    table, grad = np.array([[1e4], [-1e4]]), np.zeros((2, 1))
+    loss, dx = ops.cross_entropy_backward(np.ones((1, 1)), table, np.array([1]), grad)
     assert loss == pytest.approx(2e4)
-    assert np.isfinite(backprop(1.0)).all()
+    assert np.isfinite(dx).all()
+    assert np.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("options", [{"alibi": True}, {"alibi": False}, {"causal": False}])
-def test_whole_model(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"alibi": True}, None),
+        ({"alibi": False}, None),
+        ({"causal": False, "alibi": False}, [7, 2, 0]),  # masked language model
+        ({"causal": False, "alibi": False, "classes": 3}, [0, CONTEXT]),  # classifier
+    ],
+)
+def test_whole_model(options: dict[str, Any], rows: list[int] | None) -> None:
     """Every parameter's gradient, along one random direction a parameter."""
     model = small_model(replace(SMALL, **options))
     assert ("position" in model.parameters.named) == (not model.config.alibi)
-    tokens = np.random.default_rng(4).integers(SMALL.vocabulary, size=(BATCH, CONTEXT))
-    targets = np.roll(tokens, -1, axis=1)
-    _, backprop = model.loss(tokens, targets)
-    backprop()
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(SMALL.vocabulary, size=(BATCH, CONTEXT))
+    at = None if rows is None else np.array(rows)
+    outputs = model.config.classes or SMALL.vocabulary
+    targets = rng.integers(outputs, size=tokens.size if at is None else at.size)
+    loss = model.gradients(tokens, targets, at)
+    assert loss == model.loss(tokens, targets, at)
     for seed, (name, each) in enumerate(model.parameters.named.items()):
         direction, kept, step = random(*each.value.shape, seed=seed), each.value.copy(), 1e-5
         ends = []
         for sign in (1, -1):
             each.value[...] = kept + sign * step * direction
-            ends.append(float(model.loss(tokens, targets)[0]))
+            ends.append(float(model.loss(tokens, targets, at)))
         each.value[...] = kept
         slope = (ends[0] - ends[1]) / (2 * step)
         assert (each.grad * direction).sum() == pytest.approx(slope, rel=1e-6, abs=1e-9), name
@@ -186,14 +252,14 @@ def test_later_tokens_reach_earlier_ones_only_without_causal(causal: bool) -> No
     np.testing.assert_array_equal(differ, [not causal] * 3 + [True] * 2)
 
 
-def test_next_logits_are_those_of_the_loss() -> None:
+def test_logits_are_those_of_the_loss() -> None:
     model = small_model()
     tokens = np.random.default_rng(4).integers(SMALL.vocabulary, size=(3, 1))
     targets = np.array([[1], [5], [10]])
-    logits = model.next_logits(tokens)
+    logits = model.logits(tokens, np.arange(3))
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = -np.log(p[range(3), targets[:, 0]]).mean()
-    assert float(model.loss(tokens, targets)[0]) == pytest.approx(expected, rel=1e-12)
+    assert float(model.loss(tokens, targets)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("alibi", [True, False])
@@ -217,8 +283,7 @@ def test_parameters_are_views_of_one_vector_with_matrices_first() -> None:
 
 def test_everything_stays_in_the_parameters_dtype() -> None:
     model = Transformer(Config(vocabulary=11, context=5, layers=1, heads=2, width=4), ATTEND)
-    loss, backprop = model.loss(np.zeros((1, 5), int), np.ones((1, 5), int))
-    backprop()
+    loss = model.gradients(np.zeros((1, 5), int), np.ones((1, 5), int))
     dtypes = {a.dtype for a in (model.parameters.value, model.parameters.grad, loss)}
     dtypes.add(model.hidden(np.zeros((1, 5), int))[0].dtype)
     assert dtypes == {np.dtype("float32")}

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from .engine import CudaEngine
+from .engine import CudaEngine, force_family
 from .launch import Gpu
 from .staging import StagedEngine
+
+__all__ = ["force_family", "gpu_engine", "staged_engine"]
 
 
 @cache

@@ -108,6 +108,17 @@ class Cubin:
         return int(match[1])
 
 
+@cache
+def targets_sm_90a() -> bool:
+    """Whether CuPy can compile for sm_90a, the features of compute capability 9.0 alone.
+
+    CuPy appends its own ``-arch=sm_90``; NVRTC accepts both from version 12.9 on.
+    """
+    from cupy.cuda import nvrtc
+
+    return tuple(nvrtc.getVersion()) >= (12, 9)
+
+
 def compile_cubin(kernel: str, plan: KernelPlan, arch: str) -> Cubin:
     """Compile a kernel for an architecture such as ``"sm_90a"``; this needs no GPU.
 
@@ -122,7 +133,8 @@ def compile_cubin(kernel: str, plan: KernelPlan, arch: str) -> Cubin:
     options = (f"-arch={arch}", "-ftz=true", "--ptxas-options=-v", *OPTIONS, *plan.options())
     try:
         nvrtc.compileProgram(program, options)
-        return Cubin(nvrtc.getCUBIN(program), nvrtc.getProgramLog(program))
+        code = nvrtc.getCUBIN(program) + b"\0"  # CuPy takes its last byte for the end of a string
+        return Cubin(code, nvrtc.getProgramLog(program))
     except nvrtc.NVRTCError as error:
         raise RuntimeError(nvrtc.getProgramLog(program)) from error
     finally:
@@ -146,7 +158,8 @@ def load(kernel: str, plan: KernelPlan) -> Any:
         with _lock:
             found = _kernels.get(key)
             if found is None:
-                module = cupy.RawModule(code=source(kernel), options=(*OPTIONS, *plan.options()))
+                options = (*OPTIONS, *plan.target, *plan.options())
+                module = cupy.RawModule(code=source(kernel), options=options)
                 found = module.get_function(kernel)
                 found.max_dynamic_shared_size_bytes = plan.shared_bytes
                 _kernels[key] = found

@@ -5,20 +5,56 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..arrays import Array, address, namespace, sum_to
 from ..problem import Problem
+from . import hopper, hopper_backward
 from .launch import Launch, Machine
-from .plan import padded_head_dim, plan_kernel
+from .plan import padded_head_dim, plan_kernel, score_options
 from .tensors import OF_Q_DTYPE, WIDEST_ACCESS, access_bytes, fill_params
 
 Tensors = dict[str, Array]
 
+#: Kernels that compute the same: for every GPU, and for those of compute capability 9.0.
+Family = Literal["portable", "hopper"]
+
 #: Launches that an engine remembers; a program with ever new lengths starts over at this number.
 MAX_LAUNCHES = 4096
+
+_forced_family: ContextVar[Family | None] = ContextVar("forced_family", default=None)
+
+
+@contextmanager
+def force_family(family: Family) -> Iterator[None]:
+    """Compute calls of this context with one family of kernels, for tests and measurements.
+
+    A call that the family cannot take raises ValueError.
+    """
+    if family not in get_args(Family):
+        raise ValueError(f"family: got {family!r}, takes one of {', '.join(get_args(Family))}")
+    token = _forced_family.set(family)
+    try:
+        yield
+    finally:
+        _forced_family.reset(token)
+
+
+class Call:
+    """A problem with its arrays, and what all calls have in common that look alike."""
+
+    def __init__(self, problem: Problem, tensors: Tensors) -> None:
+        self.problem = problem
+        self.tensors = tensors
+        self.alignment = 0
+        for name, x in tensors.items():
+            if name in OF_Q_DTYPE:
+                self.alignment |= address(x)
+        self.alignment %= WIDEST_ACCESS
+        self.key = (problem, self.alignment, *[x.strides for x in tensors.values()])
 
 
 class CudaEngine:
@@ -27,6 +63,7 @@ class CudaEngine:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._launches: dict[tuple[Any, ...], Launch] = {}
+        self._families: dict[tuple[Any, ...], Family] = {}
 
     def forward(
         self,
@@ -41,7 +78,13 @@ class CudaEngine:
         """Compute the output O and the log-sum-exp L into o and lse."""
         tensors = self._inputs(problem, {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes})
         tensors |= {"o": self._writable(o), "lse": lse}
-        self._run("attention_forward", problem, tensors)
+        call = Call(problem, tensors)
+        if self._family(call) == "hopper":
+            if hopper.is_dynamic(problem):
+                tensors["tickets"] = self.machine.zero()
+            self._run("hopper_forward", call)
+        else:
+            self._run("attention_forward", call)
         _bring(tensors, o=o)
 
     def backward(
@@ -65,6 +108,17 @@ class CudaEngine:
         tensors = self._inputs(problem, given) | {"lse": lse}
         if dlse is not None:
             tensors["dlse"] = dlse
+        with full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv):
+            tensors |= {name: self._writable(x) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))}
+            call = Call(problem, tensors)
+            if self._family(call) == "hopper":
+                self._hopper_backward(call, deterministic)
+            else:
+                self._portable_backward(call, deterministic)
+            _bring(tensors, dq=dq, dk=dk, dv=dv)
+
+    def _portable_backward(self, call: Call, deterministic: bool) -> None:
+        problem, tensors = call.problem, call.tensors
         real = problem.compute_dtype
         tensors["row_dots"] = self.machine.empty((*problem.rows_shape, 2), real)
         if not deterministic:
@@ -72,12 +126,18 @@ class CudaEngine:
             rows = -(-problem.seqlen_q // 16) * 16
             shape = (*problem.rows_shape[:-1], rows, padded_head_dim(problem.head_dim))
             tensors["dq_sum"] = self.machine.empty(shape, real)
-        with full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv):
-            tensors |= {name: self._writable(x) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))}
-            self._run("row_dots", problem, tensors)
-            self._run("attention_backward", problem, tensors)
-            self._run("attention_backward_dq" if deterministic else "store_dq", problem, tensors)
-            _bring(tensors, dq=dq, dk=dk, dv=dv)
+        self._run("row_dots", call)
+        self._run("attention_backward", call)
+        self._run("attention_backward_dq" if deterministic else "store_dq", call)
+
+    def _hopper_backward(self, call: Call, deterministic: bool) -> None:
+        problem, tensors = call.problem, call.tensors
+        shapes = hopper_backward.workspace(problem, "alibi_slopes" in tensors, deterministic)
+        for name, shape in shapes.items():
+            dtype = np.dtype(np.int32 if name == "dq_turns" else np.float32)
+            tensors[name] = self.machine.empty(shape, dtype)
+        for kernel in hopper_backward.kernels(problem):
+            self._run(kernel, call)
 
     def _inputs(self, problem: Problem, given: dict[str, Array | None]) -> Tensors:
         """Make inputs readable by kernels: the last axis contiguous, slopes in the sums' dtype."""
@@ -96,22 +156,28 @@ class CudaEngine:
         """Return memory like x that kernels can write rows to: x itself if they are contiguous."""
         return x if _rows_are_contiguous(x) else self.machine.empty(x.shape, x.dtype)
 
-    def _run(self, kernel: str, problem: Problem, tensors: Tensors) -> None:
-        arrays = list(tensors.values())
-        alignment = 0
-        for name, x in tensors.items():
-            if name in OF_Q_DTYPE:
-                alignment |= address(x)
-        alignment %= WIDEST_ACCESS
-        strides = [x.strides for x in arrays]
-        key = (kernel, problem, self.machine.device(), alignment, *tensors, *strides)
+    def _family(self, call: Call) -> Family:
+        """Return the family that computes a call."""
+        key = (self.machine.device(), _forced_family.get(), *call.key)
+        family = self._families.get(key)
+        if family is None:
+            family = choose_family(call, self.machine)
+            _remember(self._families, key, family)
+        return family
+
+    def _run(self, kernel: str, call: Call) -> None:
+        key = (kernel, self.machine.device(), *call.tensors, *call.key)
         launch = self._launches.get(key)
         if launch is None:
-            launch = make_launch(kernel, problem, tensors, alignment, self.machine)
-            if len(self._launches) >= MAX_LAUNCHES:
-                self._launches.clear()
-            self._launches[key] = launch
-        self.machine.run(launch, arrays)
+            launch = make_launch(kernel, call, self.machine)
+            _remember(self._launches, key, launch)
+        self.machine.run(launch, list(call.tensors.values()))
+
+
+def _remember(memory: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
+    if len(memory) >= MAX_LAUNCHES:
+        memory.clear()
+    memory[key] = value
 
 
 def _bring(tensors: Tensors, **results: Array) -> None:
@@ -121,30 +187,53 @@ def _bring(tensors: Tensors, **results: Array) -> None:
             x[...] = tensors[name]
 
 
-def make_launch(
-    kernel: str, problem: Problem, tensors: Tensors, alignment: int, machine: Machine
-) -> Launch:
+def choose_family(call: Call, machine: Machine) -> Family:
+    """Choose the family for a call: Hopper's own kernels where they can take it.
+
+    Raises
+    ------
+    ValueError
+        The family that `force_family` asks for cannot take the call.
+    """
+    forced = _forced_family.get()
+    if forced == "portable":
+        return "portable"
+    reason = hopper.why_not(call.problem, call.tensors, call.alignment, machine.card())
+    if reason is None:
+        return "hopper"
+    if forced == "hopper":
+        raise ValueError(f"the hopper family cannot take this call: {reason}")
+    return "portable"
+
+
+def make_launch(kernel: str, call: Call, machine: Machine) -> Launch:
     """Plan a kernel and fill its parameters, all but the addresses of the tensors."""
-    names = {"float32": "float", "float64": "double"}
-    element = names.get(problem.dtype.name, problem.dtype.name)
-    plan = plan_kernel(
-        kernel,
-        machine.card(),
-        "tensorfloat32" if problem.precision == "tf32" else element,
-        problem.head_dim,
-        problem.head_dim_v,
-        access_bytes(tensors, alignment),
-        band=problem.band.left is not None or problem.band.right is not None,
-        softcap=problem.softcap is not None,
-        alibi="alibi_slopes" in tensors,
-        sum_dq="dq_sum" in tensors,
-    )
+    problem, tensors, card = call.problem, call.tensors, machine.card()
+    planner = (hopper.PLANS | hopper_backward.PLANS).get(kernel)
+    if planner is not None:
+        plan = planner(card, problem, tensors)
+    else:
+        names = {"float32": "float", "float64": "double"}
+        element = names.get(problem.dtype.name, problem.dtype.name)
+        plan = plan_kernel(
+            kernel,
+            card,
+            "tensorfloat32" if problem.precision == "tf32" else element,
+            problem.head_dim,
+            problem.head_dim_v,
+            access_bytes(tensors, call.alignment),
+            **score_options(problem, tensors),
+            sum_dq="dq_sum" in tensors,
+        )
+    blocks = plan.blocks(problem)
+    params = fill_params(problem, tensors)
     return Launch(
         machine.load(kernel, plan),
         plan,
-        plan.blocks(problem),
-        fill_params(problem, tensors),
+        min(blocks, card.multiprocessors) if plan.persistent else blocks,
+        params,
         tuple(tensors),
+        hopper.box_maps(plan, tensors, params[0]),
     )
 
 

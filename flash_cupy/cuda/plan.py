@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from ..problem import Problem
+from ..problem import MAX_GPU_HEAD_DIM, Problem
 from .tiles import (
     BACKWARD_DQ_TILES,
     BACKWARD_TILES,
@@ -23,11 +24,15 @@ from .tiles import (
 )
 
 #: Head dims that kernels are compiled for; those in between are filled up with zeros on chip.
-HEAD_DIMS = (32, 64, 96, 128, 160, 192, 256)
+HEAD_DIMS = (32, 64, 96, 128, 160, 192, MAX_GPU_HEAD_DIM)
 
 #: Bytes of each element type of the kernels. tensorfloat32 is float32 multiplied with less
 #: precision.
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "tensorfloat32": 4, "float": 4, "double": 8}
+
+#: Those that are split into float16 parts on chip, see kernels_cu/split.cuh.
+SPLIT_ELEMENTS = ("tensorfloat32", "float")
+OPERAND_BYTES = 2 * 8 * 4 + 4 * 16
 
 WARP = 32
 CHUNK_BYTES = 16
@@ -39,6 +44,8 @@ class Card(NamedTuple):
 
     compute_capability: tuple[int, int]
     shared_bytes: int  # that one block can have
+    multiprocessors: int = 1
+    hopper: bool = False  # whether kernels for sm_90a can be compiled here and run on it
 
     def holds(self, blocks: int, shared_bytes: int) -> bool:
         """Whether a multiprocessor has shared memory for so many blocks of so many bytes."""
@@ -69,6 +76,11 @@ class KernelPlan(ABC):
     warps
         Warps of a block of threads.
     """
+
+    #: Compiler options beside the macros and those that every kernel gets.
+    target: ClassVar[tuple[str, ...]] = ()
+    #: Whether at most one block a multiprocessor is launched, which then does the work of several.
+    persistent: ClassVar[bool] = False
 
     element: str
     access_bytes: int
@@ -102,6 +114,11 @@ class KernelPlan(ABC):
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         return 0
+
+    @property
+    def boxes(self) -> dict[str, int]:
+        """Rows of a box of each tensor that goes by TMA, in the order of the kernel's maps."""
+        return {}
 
     @abstractmethod
     def blocks(self, problem: Problem) -> int:
@@ -151,6 +168,11 @@ class Plan(KernelPlan):
             if value <= 0 or value % 16:
                 raise ValueError(f"{name} is {value}, not a positive multiple of 16")
 
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of shared memory that making operands takes, see split.cuh."""
+        return OPERAND_BYTES if self.element in SPLIT_ELEMENTS else 0
+
     def tile_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a tile in shared memory."""
         return rows * row_bytes(columns, self.element)
@@ -166,23 +188,18 @@ class ForwardPlan(Plan):
         May be narrower than v: then several blocks compute a slice of o's columns each.
     dim_unroll
         Steps of 16 along head_dim that Q K^T is unrolled by.
-    q_in_registers
-        Whether Q's fragments are loaded once instead of in every step.
     dim_v_group
         Steps of 16 along head_dim_v of P V between two branches that skip missing columns of v;
         fewer steps take fewer registers.
     """
 
     dim_unroll: int
-    q_in_registers: bool
     dim_v_group: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tile_m % (16 * self.warps):
             raise ValueError(f"{self.warps} warps cannot own 16-row blocks of tile_m={self.tile_m}")
-        if self.q_in_registers and 16 * self.dim_unroll < self.head_dim:
-            raise ValueError("q_in_registers needs dim_unroll to cover head_dim")
         # o, S and the top and sum of each row are in registers all the time.
         words = max(self.element_bytes // 4, 1)
         rows = self.tile_m // self.warps
@@ -194,12 +211,13 @@ class ForwardPlan(Plan):
     def shared_bytes(self) -> int:
         """Dynamic shared memory: q and the stages of k and v, in the end o in the same place."""
         d, dv = (row_bytes(n, self.element) for n in (self.head_dim, self.head_dim_v))
-        return max(self.tile_m * d + self.stages * self.tile_n * (d + dv), self.tile_m * dv)
+        inputs = self.tile_m * d + self.stages * self.tile_n * (d + dv)
+        return self.operand_bytes + max(inputs, self.tile_m * dv)
 
     def blocks(self, problem: Problem) -> int:
         """Return one for every tile of rows, slice of o and head."""
-        slices = _ceil_div(problem.head_dim_v, self.head_dim_v)
-        return _ceil_div(problem.seqlen_q, self.tile_m) * slices * _heads(problem)
+        slices = ceil_div(problem.head_dim_v, self.head_dim_v)
+        return ceil_div(problem.seqlen_q, self.tile_m) * slices * head_count(problem)
 
 
 @dataclass(frozen=True)
@@ -255,6 +273,7 @@ class BackwardPlan(Plan):
         weights = 2 if self.col_warps > 1 else int(self.sum_dq)
         return (
             origins
+            + self.operand_bytes
             + keys
             + self.stages * (queries + row_terms)
             + weights * self.tile_bytes(self.tile_n, self.tile_m)
@@ -262,8 +281,8 @@ class BackwardPlan(Plan):
 
     def blocks(self, problem: Problem) -> int:
         """Return one for every tile of keys and key head."""
-        kv_heads = _heads(problem) // problem.group
-        return _ceil_div(problem.seqlen_k, self.tile_n) * kv_heads
+        kv_heads = head_count(problem) // problem.group
+        return ceil_div(problem.seqlen_k, self.tile_n) * kv_heads
 
 
 @dataclass(frozen=True)
@@ -288,12 +307,12 @@ class BackwardDqPlan(Plan):
             self.tile_bytes(rows, self.head_dim) + self.tile_bytes(rows, self.head_dim_v)
             for rows in (self.tile_m, self.tile_n)
         )
-        return queries + self.stages * keys
+        return self.operand_bytes + queries + self.stages * keys
 
     def blocks(self, problem: Problem) -> int:
         """Return one for every tile of queries, slice of dq and head."""
-        slices = _ceil_div(problem.head_dim, self.dq_cols)
-        return _ceil_div(problem.seqlen_q, self.tile_m) * slices * _heads(problem)
+        slices = ceil_div(problem.head_dim, self.dq_cols)
+        return ceil_div(problem.seqlen_q, self.tile_m) * slices * head_count(problem)
 
 
 @dataclass(frozen=True)
@@ -305,7 +324,7 @@ class RowDotsPlan(KernelPlan):
 
     def blocks(self, problem: Problem) -> int:
         """Return one for every tile of rows and head."""
-        return _ceil_div(problem.seqlen_q, self.tile_m) * _heads(problem)
+        return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
 
 
 @dataclass(frozen=True)
@@ -323,16 +342,26 @@ class StoreDqPlan(KernelPlan):
 
     def blocks(self, problem: Problem) -> int:
         """Return one for every tile of rows and head."""
-        return _ceil_div(problem.seqlen_q, self.tile_m) * _heads(problem)
+        return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """Return the quotient, rounded up."""
     return -(-a // b)
 
 
-def _heads(problem: Problem) -> int:
+def head_count(problem: Problem) -> int:
     """Query heads of all batch entries."""
     return math.prod(problem.batch) * problem.heads
+
+
+def score_options(problem: Problem, tensors: Container[str]) -> dict[str, bool]:
+    """Return which parts of the score policy a call with these tensors needs, see `Plan`."""
+    return {
+        "band": problem.band.left is not None or problem.band.right is not None,
+        "softcap": problem.softcap is not None,
+        "alibi": "alibi_slopes" in tensors,
+    }
 
 
 def slice_width(head_dim_v: int, element: str) -> int:
@@ -399,7 +428,7 @@ def plan_forward(
 
 def _padded_to(columns: int, warps: int) -> int:
     """Columns that `warps` warps can share in blocks of 16."""
-    return _ceil_div(columns, 16 * warps) * 16 * warps
+    return ceil_div(columns, 16 * warps) * 16 * warps
 
 
 def _backward_plan(
@@ -420,7 +449,7 @@ def _backward_dq_plan(
     dq_cols = slice_width(head_dim, options["element"])
     return BackwardDqPlan(
         **row._asdict(),
-        head_dim=_ceil_div(head_dim, dq_cols) * dq_cols,
+        head_dim=ceil_div(head_dim, dq_cols) * dq_cols,
         head_dim_v=head_dim_v,
         dq_cols=dq_cols,
         **options,

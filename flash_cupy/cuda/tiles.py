@@ -17,7 +17,6 @@ class ForwardTiles(NamedTuple):
     stages: int
     blocks_per_sm: int
     dim_unroll: int = 16
-    q_in_registers: bool = False
     dim_v_group: int = 16
 
 
@@ -44,16 +43,25 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
     "bfloat16": _FORWARD_16BIT,
     "tensorfloat32": {
         32: [ForwardTiles(128, 64, 4, 1, 2)],
-        64: [ForwardTiles(128, 64, 4, 1, 2), ForwardTiles(64, 32, 4, 1, 2)],
-        96: [ForwardTiles(128, 32, 4, 1, 2), ForwardTiles(128, 32, 8, 1, 1)],
-        128: [
-            ForwardTiles(128, 32, 4, 1, 2),
-            ForwardTiles(64, 32, 4, 1, 2),
-            ForwardTiles(128, 32, 8, 1, 1),
+        64: [
+            ForwardTiles(128, 64, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
         ],
-        160: [ForwardTiles(64, 32, 4, 1, 1)],
-        192: [ForwardTiles(64, 32, 4, 1, 1)],
-        256: [ForwardTiles(64, 32, 4, 1, 1), ForwardTiles(64, 16, 4, 1, 1)],
+        96: [
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1),
+            ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1),
+        ],
+        128: [
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
+        ],
+        160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
+        192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
+        256: [
+            ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2),
+            ForwardTiles(64, 16, 4, 1, 1, dim_unroll=1, dim_v_group=2),
+        ],
     },
     "float": {
         32: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
@@ -66,7 +74,7 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
         128: [
-            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=1),
+            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
             ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
@@ -147,17 +155,18 @@ _BACKWARD_16BIT = {
 _BACKWARD_32BIT = {
     32: [BackwardTiles(64, 64, 4, 2, 2, 1, 2, unroll=1)],
     64: [
-        BackwardTiles(64, 64, 4, 2, 2, 1, 2, unroll=2),
-        BackwardTiles(32, 64, 4, 2, 2, 1, unroll=2),
+        BackwardTiles(64, 64, 4, 2, 4, 1, 2, unroll=1),
+        BackwardTiles(32, 64, 4, 2, 2, 1, unroll=1),
     ],
     96: [
-        BackwardTiles(64, 128, 8, 4, 4, 1, unroll=1),
+        BackwardTiles(32, 128, 8, 4, 2, 1, unroll=1),
         BackwardTiles(64, 64, 4, 2, 2, 1, unroll=1),
         BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
     ],
     128: [
+        BackwardTiles(32, 128, 8, 4, 2, 1, unroll=1),
         BackwardTiles(64, 64, 8, 2, 4, 1, unroll=1),
-        BackwardTiles(32, 64, 8, 4, 2, 2, unroll=2),
+        BackwardTiles(32, 64, 8, 4, 2, 2, unroll=1),
         BackwardTiles(32, 32, 4, 2, 2, 1, unroll=1),
     ],
     192: [
@@ -213,7 +222,10 @@ _BACKWARD_DQ_16BIT = {
 _BACKWARD_DQ_32BIT = {
     64: [BackwardDqTiles(128, 16, 4, 2, 2, unroll=1)],
     96: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
-    128: [BackwardDqTiles(64, 32, 4, 1, 2, unroll=1)],
+    128: [
+        BackwardDqTiles(64, 32, 4, 1, 2, unroll=1),
+        BackwardDqTiles(64, 16, 4, 1, unroll=1),
+    ],
     192: [BackwardDqTiles(64, 16, 4, 1, unroll=1), BackwardDqTiles(32, 16, 2, 1, unroll=1)],
     256: [BackwardDqTiles(64, 16, 4, 1, unroll=1), BackwardDqTiles(32, 16, 2, 1, unroll=1)],
 }

@@ -23,6 +23,10 @@ void check_warp_read(const void* address, size_t bytes) {
     device_memory.check(address, bytes, Access::READ, ~0u, running_block->running().code);
 }
 
+void check_lane_write(const void* address, size_t bytes, int lane) {
+    device_memory.check(address, bytes, Access::WRITE, 1u << lane, running_block->running().code);
+}
+
 unsigned char* shared_memory() { return device_memory.shared(); }
 
 unsigned char* shared_pointer(unsigned address) {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 
+#include "async.hpp"
 #include "memory.hpp"
 
 uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -72,8 +73,9 @@ static std::string doing(const Thread& thread) {
     if (thread.state == Thread::READY) return "running";
     char text[512];
     if (thread.mask == 0) {
-        snprintf(text, sizeof text, "at %s, %s:%d", thread.operation, thread.place.file,
-                 thread.place.line);
+        const std::string what = thread.what ? thread.what() : "";
+        snprintf(text, sizeof text, "at %s%s, %s:%d", thread.operation, what.c_str(),
+                 thread.place.file, thread.place.line);
     } else {
         snprintf(text, sizeof text, "at %s with mask 0x%08x, %s:%d", thread.operation, thread.mask,
                  thread.place.file, thread.place.line);
@@ -107,10 +109,15 @@ void Block::prepare(int count) {
     count_ = count;
     exited_ = 0;
     time_ = all_know_ = 1;
+    unit_names_.clear();
+    asynchronous.reset();
+    const auto nothing = std::make_shared<Knowledge>();
+    nothing->done.assign(count, 1);
     ready_.clear();
     at_barrier_.clear();
     votes_ = 0;
     waiting_lanes_.assign(count / host::WARP, 0);
+    warpgroups_.assign((count + host::WARPGROUP - 1) / host::WARPGROUP, {});
     while (static_cast<int>(threads_.size()) < count) {
         threads_.push_back(std::make_unique<Thread>());
     }
@@ -121,9 +128,18 @@ void Block::prepare(int count) {
         thread.position = {i % blockDim.x, rest % blockDim.y, rest / blockDim.y};
         thread.state = Thread::READY;
         thread.clock = 1;
-        thread.known.assign(count, 1);
+        thread.fenced = 0;
+        thread.known = nothing;
         thread.open_copies.clear();
         thread.copy_groups.clear();
+        thread.bulk_reader = thread.bulk_writer = -1;
+        thread.bulk_latest = 0;
+        thread.bulk_groups.clear();
+        thread.accumulators.clear();
+        thread.registers.clear();
+        thread.product_group = thread.product_latest = 0;
+        thread.product_fence = false;
+        thread.product_clocks.clear();
         thread.fiber.start(thread_main);
         ready_.push_back(&thread);
     }
@@ -148,8 +164,14 @@ void Block::switch_to(Thread* next, Fiber& from) {
     Fiber::switch_between(from, next->fiber);
 }
 
-// Another thread runs on. The calling one continues when somebody has put it among the ready.
+// Another thread runs on. The calling one continues when somebody has put it among the ready. In
+// between, copies land: any that is on its way may be the next thing to happen.
 void Block::give_way() {
+    while (size_t landing = asynchronous.landing()) {
+        const size_t chosen = (*random_)() % (ready_.size() + landing);
+        if (chosen >= landing) break;
+        asynchronous.land(chosen);
+    }
     if (ready_.empty()) {
         host::fail("deadlock: no thread of the block can go on%s", who_does_what().c_str());
     }
@@ -159,6 +181,7 @@ void Block::give_way() {
 }
 
 void Block::exit_running() {
+    asynchronous.check_exit(*running_);
     running_->state = Thread::EXITED;
     exited_ += 1;
     if (!at_barrier_.empty()) {
@@ -166,6 +189,7 @@ void Block::exit_running() {
                    who_does_what().c_str());
     }
     if (exited_ == count_) {
+        asynchronous.check_end();
         Fiber::switch_between(running_->fiber, main_);
     }
     give_way();
@@ -180,21 +204,6 @@ void Block::release(const std::vector<Thread*>& waiting) {
 
 // ---- barriers and collectives -------------------------------------------------------------------
 
-void Block::order_memory(const std::vector<Thread*>& participants) {
-    time_ += 1;
-    for (Thread* thread : participants) thread->clock = thread->known[thread->index] = time_;
-    if (static_cast<int>(participants.size()) == count_) {
-        all_know_ = time_;
-        for (Thread* thread : participants) thread->known.assign(count_, time_);
-        return;
-    }
-    std::vector<uint32_t> joint(count_, 0);
-    for (const Thread* thread : participants) {
-        for (int i = 0; i < count_; ++i) joint[i] = std::max(joint[i], thread->known[i]);
-    }
-    for (Thread* thread : participants) thread->known = joint;
-}
-
 void Block::begin_waiting(const char* operation, unsigned mask, host::Place place, void* operands,
                           const void* code) {
     Thread& self = *running_;
@@ -204,6 +213,7 @@ void Block::begin_waiting(const char* operation, unsigned mask, host::Place plac
     self.place = place;
     self.operands = operands;
     self.code = code;
+    self.what = nullptr;
 }
 
 static bool same_call(const Thread& a, const Thread& b) {
@@ -271,6 +281,42 @@ void Block::wait_for_warp(const char* operation, unsigned mask, host::Place plac
         waiting &= ~mask;
     }
     give_way();
+}
+
+void Block::wait_for_warpgroup(const char* operation, host::Place place, void* operands,
+                               void (*compute)(Thread* const threads[host::WARPGROUP])) {
+    begin_waiting(operation, 0, place, operands, nullptr);
+    std::vector<Thread*>& waiting = warpgroups_[running_->index / host::WARPGROUP];
+    waiting.push_back(running_);
+    if (!same_call(*running_, *waiting.front())) {
+        host::fail("divergence: the threads of a warpgroup do not reach the same %s%s", operation,
+                   who_does_what().c_str());
+    }
+    if (waiting.size() == host::WARPGROUP) {
+        std::sort(waiting.begin(), waiting.end(),
+                  [](const Thread* a, const Thread* b) { return a->index < b->index; });
+        compute(waiting.data());
+        release(waiting);
+        waiting.clear();
+    }
+    give_way();
+}
+
+void Block::wait_for_phase(const std::shared_ptr<Phase>& phase, const char* operation,
+                           host::Place place, std::function<std::string()> what) {
+    if (!phase->complete) {
+        begin_waiting(operation, 0, place, nullptr, nullptr);
+        running_->what = std::move(what);
+        phase->waiting.push_back(running_);
+        give_way();
+    }
+    learn(*running_, phase->released);
+}
+
+void Block::complete(Phase& phase) {
+    phase.complete = true;
+    release(phase.waiting);
+    phase.waiting.clear();
 }
 
 // ---- what kernels call --------------------------------------------------------------------------

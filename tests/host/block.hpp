@@ -3,11 +3,13 @@
 #pragma once
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "clocks.hpp"
 #include "fiber.hpp"
 #include "runtime.hpp"
 
@@ -17,6 +19,32 @@ struct AsyncCopy {
     int bytes, valid_bytes;
     bool late;               // the source is read when the copy lands, not when it is issued
     unsigned char data[16];  // what will land
+};
+
+// One phase of a barrier that some wait for and others only arrive at.
+struct Phase {
+    bool complete = false;
+    Knowledge released;  // by those that arrived
+    std::vector<struct Thread*> waiting;
+};
+
+// The accumulator of a matrix product on its way.
+struct Accumulator {
+    float* d;
+    int count;
+    std::vector<float> result;
+    uint32_t group;
+};
+
+// Registers that products have used and may use again.
+struct Registers {
+    const uint32_t* first;
+    std::vector<uint32_t> values;  // as the latest wgmma_fence found them
+    bool fenced;                   // since a wait has filled them
+
+    bool overlaps(const uint32_t* other, size_t count) const {
+        return first < other + count && other < first + values.size();
+    }
 };
 
 struct Thread {
@@ -33,15 +61,30 @@ struct Thread {
     unsigned mask;  // 0 in a barrier of the whole block
     void* operands;
     const void* code;  // the return address of its call
+    std::function<std::string()> what;  // more of what it waits for, if anything
     int votes;         // what a barrier of the block answers
 
-    // Vector clocks. `clock` grows at each barrier the thread passes. All that thread u did while
-    // its clock was below known[u] happened before what this thread does now.
+    // `clock` grows at each barrier the thread passes. What it knows of the others may be shared
+    // with them; of itself it knows all.
     uint32_t clock;
-    std::vector<uint32_t> known;
+    uint32_t fenced;  // its clock after the latest fence between ordinary stores and units
+    std::shared_ptr<Knowledge> known;
 
     std::vector<AsyncCopy> open_copies;
     std::deque<std::vector<AsyncCopy>> copy_groups;  // oldest first
+
+    // Bulk copies from shared memory (copies.cpp): their units, -1 before the first, and clocks.
+    int bulk_reader, bulk_writer;
+    uint32_t bulk_latest;               // the latest copy
+    std::vector<uint32_t> bulk_groups;  // the latest copy of each committed group
+
+    // Matrix products (wgmma.cpp).
+    std::vector<Accumulator> accumulators;
+    std::vector<Registers> registers;
+    uint32_t product_group;                // the open one
+    std::vector<uint32_t> product_clocks;  // the latest product of each committed group
+    uint32_t product_latest;               // the latest product
+    bool product_fence;                    // whether there was one
 };
 
 class Block {
@@ -54,11 +97,34 @@ public:
                        void (*compute)(void* const lanes[host::WARP]), bool orders_memory,
                        const void* code);
 
+    // Waits until all threads of the warpgroup stand there; the last to come calls `compute`.
+    void wait_for_warpgroup(const char* operation, host::Place place, void* operands,
+                            void (*compute)(Thread* const threads[host::WARPGROUP]));
+    // Waits until the phase is complete, and learns what has been released there. `what` tells
+    // reports more of it.
+    void wait_for_phase(const std::shared_ptr<Phase>& phase, const char* operation,
+                        host::Place place, std::function<std::string()> what);
+    void complete(Phase& phase);
+
     Thread& running() { return *running_; }
     uint32_t serial() const { return serial_; }
-    uint32_t all_know() const { return all_know_; }  // the least known[u] of any thread
+    uint32_t all_know() const { return all_know_; }  // the least that any thread knows of another
+    int count() const { return count_; }
     Thread& thread(int index) { return *threads_[index]; }
     bool flip_coin() { return (*random_)() & 1; }
+    std::string who_does_what() const;
+
+    // ---- clocks ----
+    int new_unit(const std::string& name);
+    const std::string& unit_name(int index) const { return unit_names_[index - count_]; }
+    uint32_t tick() { return ++time_; }
+    // What the thread has done and what it knows goes to `phase`.
+    void publish(Thread& thread, Phase& phase);
+    void learn(Thread& thread, const Knowledge& knowledge);
+    void learn(Thread& thread, int unit, uint32_t clock);
+    // All that the thread knows, itself included.
+    Knowledge view(const Thread& thread) const;
+    void fence(Thread& thread) { thread.clock = thread.fenced = tick(); }
 
 private:
     void prepare(int count);
@@ -70,9 +136,7 @@ private:
     void release(const std::vector<Thread*>& waiting);
     void begin_waiting(const char* operation, unsigned mask, host::Place place, void* operands,
                        const void* code);
-    // From now on each of them knows all that any of them knew, and has done.
     void order_memory(const std::vector<Thread*>& participants);
-    std::string who_does_what() const;
 
     void (*entry_)(void**) = nullptr;
     void** arguments_ = nullptr;
@@ -84,10 +148,12 @@ private:
     int votes_ = 0;  // of the threads at the barrier
     std::vector<unsigned> waiting_lanes_;  // of each warp, at collectives
     std::vector<Thread*> present_;         // the lanes of a collective that is complete
+    std::vector<std::vector<Thread*>> warpgroups_;  // at collectives of warpgroups
+    std::vector<std::string> unit_names_;
     Thread* running_ = nullptr;
     Fiber main_;  // where run() continues when the last thread has exited
     int exited_ = 0;
-    uint32_t time_ = 0;  // barriers passed so far, in this block
+    uint32_t time_ = 0;  // of all clocks of this block
     uint32_t all_know_ = 0;
     uint32_t serial_ = 0;
 };

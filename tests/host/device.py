@@ -1,11 +1,12 @@
 """A CUDA device in plain C++: it runs the files of ``kernels_cu`` on a machine without a GPU.
 
-Kernels are compiled by g++ against the headers of this folder, ptx.cuh in place of the one in
-kernels_cu, and run in a worker process, which holds the device's memory. What a GPU would let pass
-or answer with garbage ends the worker with a report and raises `HostKernelError` here: accesses out
-of bounds or misaligned, reads of what nothing wrote, missing waits for asynchronous copies, races
-between threads, barriers and collectives that not all threads reach, deadlocks, integer overflow
-and indices beyond an array. The next use of the device starts a fresh worker with empty memory.
+Kernels are compiled by g++ against the headers of this folder, which stand in place of those of the
+same name in kernels_cu, and run in a worker process, which holds the device's memory. What a GPU
+would let pass or answer with garbage ends the worker with a report and raises `HostKernelError`
+here: accesses out of bounds or misaligned, reads of what nothing wrote, missing waits for
+asynchronous copies and matrix products, missing fences, races between threads, copies and products,
+barriers and collectives that not all threads reach, deadlocks, integer overflow and indices beyond
+an array. The next use of the device starts a fresh worker with empty memory.
 
 Most reports do not depend on the order in which threads happen to run: memory.hpp knows who has
 written each byte and which barriers lie between.
@@ -42,8 +43,17 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 HERE = Path(__file__).parent
 COMPILER = "g++"
-WORKER_SOURCES = ("worker.cpp", "block.cpp", "memory.cpp", "access.cpp")
-WORKER_FLAGS = ("-std=c++17", "-O2", "-g", "-rdynamic")
+WORKER_SOURCES = (
+    "worker.cpp",
+    "block.cpp",
+    "clocks.cpp",
+    "memory.cpp",
+    "access.cpp",
+    "barriers.cpp",
+    "copies.cpp",
+    "wgmma.cpp",
+)
+WORKER_FLAGS = ("-std=c++17", "-O3", "-g", "-rdynamic")
 KERNEL_FLAGS = (
     "-std=c++17",
     "-O1",

@@ -9,12 +9,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flash_cupy.cuda.compiler import inline_includes, kernel_folder
-from flash_cupy.cuda.launch import Launch
+from flash_cupy.cuda.launch import Launch, arguments
 from flash_cupy.cuda.plan import Card, KernelPlan
+from flash_cupy.cuda.tensor_maps import MAP_BYTES, BoxMap
 
 from .device import HERE, HostDevice, HostKernel
 
 POISON = 0xFF
+
+#: The smallest card that the kernels support.
+SMALLEST = Card(compute_capability=(8, 0), shared_bytes=163 << 10)
+#: A card for the Hopper family; a block that stays has many items, as there are few of them.
+HOPPER = Card(compute_capability=(9, 0), shared_bytes=227 << 10, multiprocessors=3, hopper=True)
+
+#: The struct TensorMap of copies.cpp.
+TENSOR_MAP = np.dtype(
+    {
+        "names": ["magic", "address", "strides", "extents", "box_rows"],
+        "formats": ["<u8", "<u8", "4<u8", "5<u4", "<u4"],
+        "itemsize": MAP_BYTES,
+    },
+    align=True,
+)
+MAGIC = 0x70616D2D78656C66
 
 
 class HostMachine:
@@ -25,18 +42,23 @@ class HostMachine:
     Each launch orders its threads in another way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, card: Card = SMALLEST) -> None:
         self.host = HostDevice()
         self.launches = 0
+        self._card = card
 
     def card(self) -> Card:
-        """Return the smallest card that the kernels support."""
-        return Card(compute_capability=(8, 0), shared_bytes=163 << 10)
+        """Return what plans need to know of the device."""
+        return self._card
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Make an array of poison, which counts as not written until a kernel writes it."""
         data = np.full((*shape, dtype.itemsize), POISON, np.uint8)
         return data.view(dtype)[..., 0]
+
+    def zero(self) -> NDArray[Any]:
+        """Make an int32 that is 0."""
+        return np.zeros((1, 1), np.int32)
 
     def device(self) -> int:
         """Return the number of the only device."""
@@ -47,19 +69,36 @@ class HostMachine:
         source = inline_includes(f"{kernel}.cu", (HERE, kernel_folder()))
         return self.host.compile(source, kernel, plan.options())
 
+    def encode_map(self, box_map: BoxMap) -> bytes:
+        """Return the 128 bytes by which the host device sees a tensor."""
+        return encode_map(box_map)
+
     def run(self, launch: Launch, arrays: Sequence[NDArray[Any]]) -> None:
         """Run a kernel; a kernel that misbehaves is a `HostKernelError`."""
         images = [Image(self.host, x) for x in arrays]
         launch.kernel(
             (launch.blocks,),
             (launch.plan.threads,),
-            (launch.with_addresses([image.address for image in images]),),
+            arguments(launch, tuple(image.address for image in images), self),
             shared_mem=launch.plan.shared_bytes,
             seed=self.launches,
         )
         self.launches += 1
         for image in images:
             image.copy_back()
+
+
+def encode_map(box_map: BoxMap) -> bytes:
+    """Describe a tensor to the host device, with the limits that cuTensorMapEncodeTiled has."""
+    steps = (box_map.address, *box_map.strides)
+    within = 0 < box_map.box_rows <= 256 and all(0 < n <= 2**32 for n in box_map.extents)
+    if any(step % 16 or not 0 <= step < 2**64 for step in steps) or not within:
+        raise ValueError(f"no TMA can take {box_map}")
+    record = np.zeros((), TENSOR_MAP)
+    record["magic"] = MAGIC
+    for name in ("address", "strides", "extents", "box_rows"):
+        record[name] = getattr(box_map, name)
+    return record.tobytes()
 
 
 class Image:

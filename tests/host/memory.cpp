@@ -102,6 +102,12 @@ void DeviceMemory::set_in_flight(unsigned char* address, size_t bytes, bool in_f
     });
 }
 
+void DeviceMemory::set_barrier(unsigned char* address, size_t bytes) {
+    for_each_chunk(address, bytes, [](Chunk& chunk, uint16_t mask, const unsigned char*) {
+        chunk.barrier |= mask;
+    });
+}
+
 void DeviceMemory::reset_shared(size_t bytes) {
     set_allocated(shared(), shared_bytes_, false);
     set_allocated(shared(), bytes, true);
@@ -145,18 +151,29 @@ std::string DeviceMemory::describe(const void* address) const {
 
 static int first_byte(uint16_t mask) { return __builtin_ctz(mask); }
 
-// Whether all that `trace` tells of comes before what `lanes` of the running thread's warp do now.
-static bool happened_before(const Trace& trace, uint32_t lanes) {
+// Whether all that `trace` tells of comes before what `actor` does now.
+static bool happened_before(const Trace& trace, const Actor& actor) {
     Block& block = *running_block;
     if (trace.block != block.serial()) return false;  // nothing orders blocks within a launch
-    if (trace.clock < block.all_know()) return true;
-    const int first = block.running().index / host::WARP * host::WARP;
-    for (uint32_t theirs = trace.lanes; theirs; theirs &= theirs - 1) {
-        const int other = trace.warp * host::WARP + __builtin_ctz(theirs);
-        for (uint32_t ours = lanes; ours; ours &= ours - 1) {
-            const int thread = first + __builtin_ctz(ours);
-            if (thread != other && block.thread(thread).known[other] <= trace.clock) return false;
+    const int theirs = trace.warp * host::WARP;
+    if (theirs < block.count() && trace.clock < block.all_know()) return true;
+    for (uint32_t rest = trace.lanes; rest; rest &= rest - 1) {
+        const int other = theirs + __builtin_ctz(rest);
+        for (uint32_t ours = actor.lanes; ours; ours &= ours - 1) {
+            const int self = actor.first + __builtin_ctz(ours);
+            if (self == other || other == actor.issuer) continue;
+            const Knowledge& known = actor.known ? *actor.known : *block.thread(self).known;
+            if (Knowledge::at(known.done, other) <= trace.clock) return false;
         }
+    }
+    return true;
+}
+
+// Whether ordinary stores are there for a unit of the asynchronous proxy.
+static bool is_fenced(const Trace& trace, const Actor& actor) {
+    for (uint32_t rest = trace.lanes; rest; rest &= rest - 1) {
+        const int other = trace.warp * host::WARP + __builtin_ctz(rest);
+        if (Knowledge::at(actor.known->fenced, other) <= trace.clock) return false;
     }
     return true;
 }
@@ -166,12 +183,18 @@ static bool conflict(Access first, Access second) {
     return !(first == Access::ATOMIC && second == Access::ATOMIC);
 }
 
-static std::string lanes_in_words(const Trace& trace) {
-    const int first = trace.warp * host::WARP + __builtin_ctz(trace.lanes);
-    const int count = __builtin_popcount(trace.lanes);
-    std::string text = "thread " + std::to_string(first);
+static std::string actors_in_words(int first, uint32_t lanes) {
+    const int actor = first + __builtin_ctz(lanes);
+    if (actor >= running_block->count()) return running_block->unit_name(actor);
+    const int count = __builtin_popcount(lanes);
+    std::string text = "thread " + std::to_string(actor);
     if (count > 1) text += " and " + std::to_string(count - 1) + " more of its warp";
     return text;
+}
+
+static std::string actors_in_words(const Trace& trace) {
+    if (trace.block != running_block->serial()) return "a thread of another block";
+    return actors_in_words(trace.warp * host::WARP, trace.lanes);
 }
 
 // Reads by blocks that came before stay only while fewer than two others are known for their bytes:
@@ -192,19 +215,25 @@ static void forget_surplus_reads(std::vector<Trace>& traces) {
     traces.erase(std::remove_if(traces.begin(), traces.end(), surplus), traces.end());
 }
 
+// " by the copies of ...", if it is a unit that accesses memory for the running thread.
+static std::string by(const Actor& actor) {
+    return actor.known ? " by " + actors_in_words(actor.first, actor.lanes) : "";
+}
+
 // Checks the access against the traces that others left, and leaves its own.
-void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, uint32_t lanes,
+void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, const Actor& actor,
                          const void* code, const void* address) {
     if (chunk.launch != launch_serial) {
         chunk.launch = launch_serial;
         chunk.traces.clear();
     }
     Block& block = *running_block;
-    Trace mine{code, block.serial(), 0, lanes, 0, bytes, access};
-    mine.warp = static_cast<uint16_t>(block.running().index / host::WARP);
-    for (uint32_t rest = lanes; rest; rest &= rest - 1) {
-        mine.clock = std::max(mine.clock,
-                              block.thread(mine.warp * host::WARP + __builtin_ctz(rest)).clock);
+    const auto warp = static_cast<uint16_t>(actor.first / host::WARP);
+    Trace mine{code, block.serial(), actor.clock, actor.lanes, warp, bytes, access};
+    if (!actor.known) {
+        for (uint32_t rest = actor.lanes; rest; rest &= rest - 1) {
+            mine.clock = std::max(mine.clock, block.thread(actor.first + __builtin_ctz(rest)).clock);
+        }
     }
 
     size_t kept = 0;
@@ -213,13 +242,20 @@ void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, uint32_t l
         const bool conflicting = conflict(other.access, access);
         const bool replaces = access == Access::WRITE || other.access == access;
         if ((other.bytes & bytes) && (conflicting || replaces)) {
-            const bool ordered = happened_before(other, lanes);
+            const bool ordered = happened_before(other, actor);
             if (conflicting && !ordered) {
-                const bool same_block = other.block == block.serial();
-                host::fail("race: %s of %s,\n"
-                           "after a %s by %s%s that no barrier orders before it\n    %s",
-                           name_of(access), describe(address).c_str(), name_of(other.access),
-                           lanes_in_words(other).c_str(), same_block ? "" : " of another block",
+                host::fail("race: %s of %s%s,\n"
+                           "after a %s by %s that no barrier orders before it\n    %s",
+                           name_of(access), describe(address).c_str(), by(actor).c_str(),
+                           name_of(other.access), actors_in_words(other).c_str(),
+                           code_place(other.code).c_str());
+            }
+            if (actor.known && other.access != Access::READ && is_shared(address) &&
+                other.warp * host::WARP < block.count() && !is_fenced(other, actor)) {
+                host::fail("missing fence: %s of %s%s,\n"
+                           "after a %s by %s without fence_async_shared between\n    %s",
+                           name_of(access), describe(address).c_str(), by(actor).c_str(),
+                           name_of(other.access), actors_in_words(other).c_str(),
                            code_place(other.code).c_str());
             }
             // Who is ordered after this access is then also ordered after the other.
@@ -228,7 +264,7 @@ void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, uint32_t l
         }
         if (other.access == access && other.bytes == bytes && other.block == mine.block &&
             other.warp == mine.warp && other.clock == mine.clock) {
-            other.lanes |= lanes;
+            other.lanes |= actor.lanes;
             merged = true;
         }
         chunk.traces[kept++] = other;
@@ -241,6 +277,12 @@ void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, uint32_t l
 
 void DeviceMemory::check(const void* address, size_t bytes, Access access, uint32_t lanes,
                          const void* code) {
+    const int first = running_block->running().index / host::WARP * host::WARP;
+    check(address, bytes, access, Actor{first, lanes}, code);
+}
+
+void DeviceMemory::check(const void* address, size_t bytes, Access access, const Actor& actor,
+                         const void* code) {
     for_each_chunk(static_cast<const unsigned char*>(address), bytes,
                    [&](Chunk& chunk, uint16_t mask, const unsigned char* at) {
         const unsigned char* chunk_start = at - first_byte(mask);
@@ -252,7 +294,11 @@ void DeviceMemory::check(const void* address, size_t bytes, Access access, uint3
             host::fail("%s of %s, where an asynchronous copy has not landed: a wait is missing",
                        name_of(access), describe(chunk_start + first_byte(bad)).c_str());
         }
-        trace(chunk, mask, access, lanes, code, at);
+        if (const uint16_t bad = mask & chunk.barrier) {
+            host::fail("%s of %s, where an mbarrier lives", name_of(access),
+                       describe(chunk_start + first_byte(bad)).c_str());
+        }
+        trace(chunk, mask, access, actor, code, at);
         if (access == Access::WRITE) {
             chunk.written |= mask;
         } else if (const uint16_t bad = mask & ~chunk.written) {

@@ -1,7 +1,7 @@
 // The device's memory, global and shared, with a shadow that knows of every byte whether it is
-// allocated, whether it was written, whether an asynchronous copy is on its way to it, and which
-// threads have accessed it since. So it reports accesses out of bounds, reads of what nothing
-// wrote, missing waits and races, whatever the order in which the threads happened to run.
+// allocated, whether it was written, whether an asynchronous copy is on its way to it, and who has
+// accessed it since. So it reports accesses out of bounds, reads of what nothing wrote, missing
+// waits and fences and races, whatever the order in which the threads happened to run.
 //
 // Kernels are compiled with -fsanitize=thread, which makes the compiler call __tsan_read4(address)
 // and the like before each load and store. The functions behind those names are in access.cpp.
@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "clocks.hpp"
+
 enum class Access : uint8_t { READ, WRITE, ATOMIC };
 
 const char* name_of(Access access);
@@ -20,10 +22,10 @@ const char* name_of(Access access);
 struct Trace {
     const void* code;  // return address: where in the kernel
     uint32_t block;    // serial number of the block since the worker started
-    uint32_t clock;    // the threads' own clock, see Thread
+    uint32_t clock;    // the actors' own clock
     uint32_t lanes;    // bit mask
-    uint16_t warp;
-    uint16_t bytes;  // bit mask, one bit a byte of the chunk
+    uint16_t warp;     // 32 actors
+    uint16_t bytes;    // bit mask, one bit a byte of the chunk
     Access access;
 };
 
@@ -32,6 +34,7 @@ struct Chunk {
     uint16_t allocated = 0;
     uint16_t written = 0;
     uint16_t in_flight = 0;  // an asynchronous copy will land here
+    uint16_t barrier = 0;    // an mbarrier lives here
     uint32_t launch = 0;     // traces of earlier launches are void
     std::vector<Trace> traces;
 };
@@ -60,7 +63,10 @@ public:
 
     // Reports a forbidden access of the running thread's `lanes`, or notes an allowed one.
     void check(const void* address, size_t bytes, Access access, uint32_t lanes, const void* code);
+    void check(const void* address, size_t bytes, Access access, const Actor& actor,
+               const void* code);
 
+    void set_barrier(unsigned char* address, size_t bytes);
     void set_in_flight(unsigned char* address, size_t bytes, bool in_flight);
 
 private:
@@ -80,7 +86,10 @@ private:
     template <class Visit>
     void for_each_chunk(const unsigned char* address, size_t bytes, Visit visit) const;
     void set_allocated(unsigned char* address, size_t bytes, bool allocated);
-    void trace(Chunk& chunk, uint16_t bytes, Access access, uint32_t lanes, const void* code,
+    bool is_shared(const void* address) const {
+        return static_cast<const unsigned char*>(address) - shared() < long{SHARED_BYTES};
+    }
+    void trace(Chunk& chunk, uint16_t bytes, Access access, const Actor& actor, const void* code,
                const void* address);
     std::string describe(const void* address) const;
 

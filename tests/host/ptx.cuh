@@ -93,11 +93,6 @@ DEVICE void load_matrix_transposed_x4(uint32 (&d)[4], uint32 row_address,
 // ---------------------------------------------------------------------------------------------
 // Conversions and functions
 
-DEVICE uint32 round_to_tf32(float x) {
-    if (isnan(x)) return 0x7fffffff;
-    return (bit_cast<uint32>(x) + 0x1000) & ~0x1fffu;  // inf stays, a carry moves into the exponent
-}
-
 // The upper bits of a binary number of which `dropped` bits go, rounded to nearest, ties to even.
 DEVICE uint32 round_off_bits(uint32 bits, int dropped) {
     const uint32 half = 1u << (dropped - 1), odd = bits >> dropped & 1;
@@ -157,6 +152,29 @@ DEVICE float exp2_approx(float x) { return flush_to_zero(exp2f(flush_to_zero(x))
 
 DEVICE float reciprocal_approx(float x) { return flush_to_zero(1 / flush_to_zero(x)); }
 
+namespace host {
+
+struct WarpMaxOperands {
+    uint32 value;
+    uint32 result;
+};
+
+}  // namespace host
+
+DEVICE uint32 warp_max(uint32 x, host::Place place = host::Place::here()) {
+    host::WarpMaxOperands operands{x, 0};
+    host::warp_collective("redux.max", ~0u, place, &operands, [](void* const lanes[WARP]) {
+        uint32 largest = 0;
+        for (int i = 0; i < WARP; ++i) {
+            largest = max(largest, static_cast<host::WarpMaxOperands*>(lanes[i])->value);
+        }
+        for (int i = 0; i < WARP; ++i) {
+            static_cast<host::WarpMaxOperands*>(lanes[i])->result = largest;
+        }
+    });
+    return operands.result;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Matrix products: d (16 x 8) += a (16 x k) b (k x 8)
 
@@ -212,8 +230,6 @@ DEVICE float bf16_element(uint32 pair, int i) {
     return to_float(bfloat16{static_cast<uint16>(pair >> 16 * i)});
 }
 
-DEVICE float tf32_element(uint32 bits, int) { return bit_cast<float>(bits & ~0x1fffu); }
-
 DEVICE double f64_element(double x, int) { return x; }
 
 }  // namespace host
@@ -230,13 +246,6 @@ DEVICE void mma_bf16(float* d, const uint32* a, const uint32* b,
     host::MmaOperands<float, uint32> operands{d, a, b};
     host::warp_collective("mma_bf16", ~0u, place, &operands,
                           host::multiply<16, 2, float, uint32, host::bf16_element>);
-}
-
-DEVICE void mma_tf32(float* d, const uint32* a, const uint32* b,
-                     host::Place place = host::Place::here()) {
-    host::MmaOperands<float, uint32> operands{d, a, b};
-    host::warp_collective("mma_tf32", ~0u, place, &operands,
-                          host::multiply<8, 1, float, uint32, host::tf32_element>);
 }
 
 DEVICE void mma_f64(double* d, const double* a, const double* b,

@@ -32,6 +32,7 @@
 struct Kernel {
     void (*call)(void** arguments);
     size_t (*parameter_bytes)(size_t index);
+    bool takes_turns;  // a block waits for those before it
 };
 
 // A command that cannot be done. The worker goes on.
@@ -47,7 +48,8 @@ static Kernel load(const std::string& file) {
     void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) throw Refusal{dlerror()};
     return {reinterpret_cast<void (*)(void**)>(dlsym(library, "host_call")),
-            reinterpret_cast<size_t (*)(size_t)>(dlsym(library, "host_parameter_bytes"))};
+            reinterpret_cast<size_t (*)(size_t)>(dlsym(library, "host_parameter_bytes")),
+            dlsym(library, "host_takes_turns") != nullptr};
 }
 
 static void check_arguments(const Kernel& kernel, const std::vector<size_t>& bytes) {
@@ -80,7 +82,7 @@ static void launch(const Kernel& kernel, void** arguments, size_t shared_bytes, 
     std::mt19937 random(seed);
     std::vector<unsigned> order(gridDim.x * gridDim.y * gridDim.z);
     std::iota(order.begin(), order.end(), 0u);
-    std::shuffle(order.begin(), order.end(), random);
+    if (!kernel.takes_turns) std::shuffle(order.begin(), order.end(), random);
     for (const unsigned index : order) {
         const unsigned rest = index / gridDim.x;
         blockIdx = {index % gridDim.x, rest % gridDim.y, rest / gridDim.y};
@@ -120,9 +122,13 @@ static void install_signal_handlers() {
 
 // ---- commands -----------------------------------------------------------------------------------
 
+static void receive(void* data, size_t bytes) {
+    if (!std::cin.read(static_cast<char*>(data), static_cast<std::streamsize>(bytes))) _exit(0);
+}
+
 static std::vector<char> receive(size_t bytes) {
     std::vector<char> data(bytes);
-    if (!std::cin.read(data.data(), static_cast<std::streamsize>(bytes))) _exit(0);
+    receive(data.data(), bytes);
     return data;
 }
 
@@ -154,9 +160,15 @@ static void command_launch(std::istream& words) {
     }
     std::vector<size_t> bytes(take<size_t>(words));
     for (size_t& size : bytes) size = take<size_t>(words);
-    std::vector<std::vector<char>> data;
+    struct alignas(64) Line {  // as aligned as any parameter asks for
+        char bytes[64];
+    };
+    std::vector<std::vector<Line>> data;
     std::vector<void*> arguments;
-    for (const size_t size : bytes) arguments.push_back(data.emplace_back(receive(size)).data());
+    for (const size_t size : bytes) {
+        arguments.push_back(data.emplace_back(size / sizeof(Line) + 1).data());
+        receive(arguments.back(), size);
+    }
     check_arguments(kernel, bytes);
     alarm(120);
     launch(kernel, arguments.data(), shared_bytes, seed);

@@ -1,0 +1,279 @@
+"""The Hopper family: kernels for compute capability 9.0, on wgmma and TMA.
+
+What calls it can take, and the plans of its forward kernel with the table of their tiles. The
+backward kernels' are in hopper_backward.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from ..arrays import Array
+from ..problem import Problem
+from .params import BATCH_AXES
+from .plan import CHUNK_BYTES, Card, KernelPlan, Plan, ceil_div, head_count, score_options
+from .tensor_maps import BOX_COLUMNS, STRIDE_LIMIT, SWIZZLE_BYTES, BoxMap
+from .tensors import OF_Q_DTYPE, WIDEST_ACCESS, fill_params
+
+#: Batch axes that a tensor map has.
+MAP_BATCH_AXES = 2
+
+#: Rows of a warpgroup's products.
+GROUP_ROWS = 64
+
+#: Tiles in shared memory begin at a multiple of this, see kernels_cu/hopper_tile.cuh.
+SWIZZLE_ALIGNMENT = 1024
+
+BARRIER_BYTES = 8
+
+
+def why_not(
+    problem: Problem, tensors: Mapping[str, Array], alignment: int, card: Card
+) -> str | None:
+    """Say why the family cannot take a call; None if it can.
+
+    Parameters
+    ----------
+    problem, tensors
+        The call.
+    alignment
+        The addresses of the tensors of q's dtype, modulo `WIDEST_ACCESS`, combined by or.
+    card
+        The GPU.
+    """
+    if not card.hopper:
+        return "it takes a GPU of compute capability 9.0, and NVRTC 12.9 or newer"
+    if problem.dtype.itemsize != 2:
+        return f"got {problem.dtype}, takes float16 or bfloat16"
+    if alignment % WIDEST_ACCESS:
+        return f"an array does not begin at a multiple of {WIDEST_ACCESS} bytes"
+    params = fill_params(problem, tensors)[0]
+    batch = params["batch"].tolist()
+    if any(extent > 1 for extent in batch[: BATCH_AXES - MAP_BATCH_AXES]):
+        return f"more than {MAP_BATCH_AXES} batch axes remain of {problem.batch}"
+    for name in OF_Q_DTYPE:
+        if name in tensors:
+            itemsize = problem.dtype.itemsize
+            tensor = params[name]
+            for step in (tensor["row"], tensor["head"], *tensor["batch"]):
+                stride = int(step) * itemsize
+                if stride % WIDEST_ACCESS or not 0 <= stride < STRIDE_LIMIT:
+                    return (
+                        f"{name} has a stride of {stride} bytes, takes multiples of "
+                        f"{WIDEST_ACCESS} that are not negative"
+                    )
+    return None
+
+
+def box_maps(
+    plan: KernelPlan, tensors: Mapping[str, Array], params: Any
+) -> tuple[tuple[str, BoxMap], ...]:
+    """Return the maps of a launch by the names of their tensors, all but the addresses.
+
+    ``params`` is the filled record of the parameters.
+    """
+    maps = []
+    for name, rows in plan.boxes.items():
+        x, tensor = tensors[name], params[name]
+        axes = slice(None, BATCH_AXES - MAP_BATCH_AXES - 1, -1)  # the last ones, backwards
+        heads = x.shape[-3] if x.ndim > 2 else 1
+        extents = (x.shape[-1], x.shape[-2], heads, *params["batch"][axes].tolist())
+        steps = (tensor["row"], tensor["head"], *tensor["batch"][axes])
+        # An axis of extent 1 has no step: any that the driver takes will do.
+        strides = tuple(
+            int(step) * x.itemsize if extent > 1 else WIDEST_ACCESS
+            for step, extent in zip(steps, extents[1:], strict=True)
+        )
+        maps.append((name, BoxMap(0, plan.element, extents, strides, rows)))
+    return tuple(maps)
+
+
+@dataclass(frozen=True)
+class HopperPlan(Plan):
+    """What the plans of the family's attention kernels have in common.
+
+    Attributes
+    ----------
+    warps
+        Four of a warpgroup that feeds the others, and four of each consumer.
+    """
+
+    target: ClassVar[tuple[str, ...]] = ("-arch=sm_90a",)
+
+    def tile_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a tile in shared memory: whole boxes."""
+        return ceil_div(columns, BOX_COLUMNS) * rows * SWIZZLE_BYTES
+
+    def options(self) -> tuple[str, ...]:
+        """Return the compiler options that carry this plan into a kernel."""
+        return (*super().options(), f"-DPLAN_SHARED_BYTES={self.shared_bytes}")
+
+
+@dataclass(frozen=True)
+class HopperForwardPlan(HopperPlan):
+    """A row for kernels_cu/hopper_forward.cu.
+
+    Attributes
+    ----------
+    pingpong
+        Whether consumers take turns at issuing products.
+    overlap
+        Whether all exponentials of a step come before its wait for O; else the compiler chooses.
+    o_over_q
+        Whether o leaves by way of q's place in shared memory, or by a place of its own.
+    producer_registers, consumer_registers
+        Of a thread of the first warpgroup, and of the others.
+    l2_bytes
+        K and V that all blocks together read at a time: what L2 keeps.
+    dynamic
+        Whether items go to whichever block is free.
+    """
+
+    persistent: ClassVar[bool] = True
+
+    pingpong: bool
+    overlap: bool
+    o_over_q: bool
+    producer_registers: int
+    consumer_registers: int
+    l2_bytes: int
+    dynamic: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        consumers = self.warps // 4 - 1
+        if self.warps % 4 or self.tile_m != GROUP_ROWS * consumers:
+            raise ValueError(f"{self.warps} warps cannot own tile_m={self.tile_m} rows")
+        if self.pingpong and consumers < 2:
+            raise ValueError("pingpong needs two consumers at least")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: q, the stages of k and v, o; barriers, what inspectors found."""
+        q, o = (self.tile_bytes(self.tile_m, n) for n in (self.head_dim, self.head_dim_v))
+        k, v = (self.tile_bytes(self.tile_n, n) for n in (self.head_dim, self.head_dim_v))
+        barriers = ceil_div(6 + 5 * self.stages, 2) * 2 * BARRIER_BYTES
+        items = 2 * 2 * CHUNK_BYTES
+        return (
+            SWIZZLE_ALIGNMENT
+            + (max(q, o) if self.o_over_q else q + o)
+            + self.stages * (k + v)
+            + barriers
+            + items
+            + (self.stages + 1) * CHUNK_BYTES
+        )
+
+    @property
+    def boxes(self) -> dict[str, int]:
+        """Rows of a box of each tensor that goes by TMA."""
+        return {"q": self.tile_m, "k": self.tile_n, "v": self.tile_n, "o": GROUP_ROWS}
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of rows and head, if there are multiprocessors enough."""
+        return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
+
+
+class ForwardTiles(NamedTuple):
+    """The tuned part of a `HopperForwardPlan`, and the calls that it is for."""
+
+    tile_n: int
+    consumers: int
+    stages: int = 2
+    pingpong: bool = True
+    overlap: bool = True
+    band: bool = True  # with causal or window, too
+    modified: bool = True  # with softcap and ALiBi, too: they take registers
+    min_seqlen: int = 0  # of keys
+
+    def suits(self, seqlen_k: int, options: Mapping[str, bool]) -> bool:
+        """Whether a call is one of those."""
+        return (
+            seqlen_k >= self.min_seqlen
+            and (self.band or not options["band"])
+            and (self.modified or not (options["softcap"] or options["alibi"]))
+        )
+
+
+#: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
+FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
+    (64, 64): [ForwardTiles(128, 3, modified=False), ForwardTiles(96, 3)],
+    (96, 96): [ForwardTiles(144, 2)],
+    (128, 128): [
+        ForwardTiles(176, 2, band=False, modified=False, min_seqlen=8192),
+        ForwardTiles(128, 2),
+    ],
+    (192, 128): [ForwardTiles(128, 2, modified=False), ForwardTiles(112, 2)],
+    (192, 192): [ForwardTiles(112, 2, modified=False), ForwardTiles(96, 2)],
+    (256, 256): [
+        ForwardTiles(80, 2, band=False, modified=False),
+        ForwardTiles(80, 2, pingpong=False, overlap=False, modified=False),
+        ForwardTiles(64, 2),
+    ],
+}
+
+#: Registers of a thread of the first warpgroup and of a consumer, by the number of consumers: what
+#: a block is launched with, 168 for each of 384 threads or 128 for each of 512.
+REGISTERS = {2: (40, 232), 3: (32, 160)}
+
+L2_BYTES = 32 << 20
+MIN_DYNAMIC_SEQLEN = 1024
+
+
+def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> HopperForwardPlan:
+    """Choose the plan of a forward call that the family can take, see `why_not`."""
+    options = score_options(problem, tensors)
+    row = next(
+        row
+        for (head_dim, head_dim_v), rows in FORWARD_TILES.items()
+        if problem.head_dim <= head_dim and problem.head_dim_v <= head_dim_v
+        for row in rows
+        if row.suits(problem.seqlen_k, options)
+    )
+    producer_registers, consumer_registers = REGISTERS[row.consumers]
+
+    def plan(o_over_q: bool) -> HopperForwardPlan:
+        return HopperForwardPlan(
+            element=problem.dtype.name,
+            access_bytes=WIDEST_ACCESS,
+            warps=4 * (1 + row.consumers),
+            head_dim=_padded(problem.head_dim),
+            head_dim_v=_padded(problem.head_dim_v),
+            tile_m=GROUP_ROWS * row.consumers,
+            tile_n=row.tile_n,
+            stages=row.stages,
+            blocks_per_sm=1,
+            **options,
+            pingpong=row.pingpong,
+            overlap=row.overlap,
+            o_over_q=o_over_q,
+            producer_registers=producer_registers,
+            consumer_registers=consumer_registers,
+            l2_bytes=L2_BYTES,
+            dynamic="tickets" in tensors,
+        )
+
+    apart = plan(o_over_q=False)
+    return apart if apart.shared_bytes <= card.shared_bytes else plan(o_over_q=True)
+
+
+def is_dynamic(problem: Problem) -> bool:
+    """Whether the blocks of a forward call take items as they get free, for which it has tickets.
+
+    Items differ in length only with a mask. With short sequences the fixed order wastes less than
+    clearing the tickets takes.
+    """
+    masked = problem.band.left is not None or problem.band.right is not None
+    return masked and problem.seqlen_k >= MIN_DYNAMIC_SEQLEN
+
+
+def _padded(head_dim: int) -> int:
+    """Return the head dim that kernels are compiled for; TMA fills up with zeros."""
+    return next(padded for padded in (64, 96, 128, 192, 256) if padded >= head_dim)
+
+
+#: Which function plans which kernel of the family.
+PLANS: dict[str, Callable[[Card, Problem, Container[str]], KernelPlan]] = {
+    "hopper_forward": plan_forward,
+}

@@ -1,0 +1,306 @@
+"""The plans of the Hopper family's backward kernels, with the table of their tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+from ..arrays import Array
+from ..problem import Problem
+from .hopper import BARRIER_BYTES, GROUP_ROWS, SWIZZLE_ALIGNMENT, HopperPlan
+from .plan import Card, KernelPlan, ceil_div, head_count, row_bytes, score_options
+from .tensor_maps import BOX_COLUMNS
+from .tensors import WIDEST_ACCESS, access_bytes
+
+#: Bytes of an element of L, D and of the sums.
+SUM_BYTES = 4
+
+#: Calls whose plans are remembered.
+MAX_PLANS = 4096
+
+
+@dataclass(frozen=True)
+class HopperBackwardPlan(HopperPlan):
+    """A row for kernels_cu/hopper_backward.cu; tile_m queries a step, tile_n keys a block.
+
+    Attributes
+    ----------
+    stages
+        Of Q, dO and dS.
+    deterministic
+        Whether the blocks add to dQ in a fixed order.
+    """
+
+    kernel: ClassVar[str] = "hopper_backward"
+
+    deterministic: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warps % 4 or self.tile_n != GROUP_ROWS * self.consumers:
+            raise ValueError(f"{self.warps} warps cannot own tile_n={self.tile_n} keys")
+        if self.consumers % ceil_div(self.head_dim, BOX_COLUMNS):
+            raise ValueError(f"{self.consumers} consumers cannot share dQ's {self.head_dim} dims")
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that compute."""
+        return self.warps // 4 - 1
+
+    @property
+    def dq_parts(self) -> int:
+        """Parts of a tile of dq_sum, see hopper_dq_sum.cuh."""
+        return self.consumers
+
+    @property
+    def passed_bytes(self) -> int:
+        """Bytes of what consumers pass on: the stages of dS, and dQ."""
+        dq = self.tile_m * dq_columns(self.head_dim) * SUM_BYTES
+        return self.stages * self.tile_bytes(self.tile_m, self.tile_n) + dq
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: k, v; stages of q, do, row terms; `passed_bytes`; barriers."""
+        keys, queries = (
+            self.tile_bytes(rows, self.head_dim) + self.tile_bytes(rows, self.head_dim_v)
+            for rows in (self.tile_n, self.tile_m)
+        )
+        row_terms = 2 * self.tile_m * SUM_BYTES
+        barriers = (1 + 5 * self.stages) * BARRIER_BYTES
+        findings = self.stages * 4 + 8
+        return (
+            SWIZZLE_ALIGNMENT
+            + keys
+            + self.stages * (queries + row_terms)
+            + self.passed_bytes
+            + barriers
+            + findings
+        )
+
+    @property
+    def gradient_rows(self) -> int:
+        """Rows of a box of dk and dv."""
+        return GROUP_ROWS
+
+    @property
+    def boxes(self) -> dict[str, int]:
+        """Rows of a box of each tensor that goes by TMA."""
+        return {
+            "q": self.tile_m,
+            "k": self.tile_n,
+            "v": self.tile_n,
+            "do_": self.tile_m,
+            "dk": self.gradient_rows,
+            "dv": self.gradient_rows,
+        }
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of keys and key head."""
+        return ceil_div(problem.seqlen_k, self.tile_n) * (head_count(problem) // problem.group)
+
+
+@dataclass(frozen=True)
+class HopperBackwardWidePlan(HopperBackwardPlan):
+    """A row for kernels_cu/hopper_backward_wide.cu.
+
+    Attributes
+    ----------
+    weight_stages
+        Of P and dS.
+    """
+
+    kernel: ClassVar[str] = "hopper_backward_wide"
+
+    weight_stages: int
+
+    def __post_init__(self) -> None:
+        HopperPlan.__post_init__(self)
+        if self.warps % 4 or self.tile_n % (16 * self.consumers):
+            raise ValueError(f"{self.warps} warps cannot share tile_n={self.tile_n} keys")
+        if self.dq_parts % self.consumers or self.head_dim_v != self.head_dim:
+            raise ValueError(f"{self.consumers} consumers cannot share {self.head_dim} dims")
+
+    @property
+    def dq_parts(self) -> int:
+        """Parts of a tile of dq_sum: blocks of 64 dims."""
+        return self.head_dim // BOX_COLUMNS
+
+    @property
+    def passed_bytes(self) -> int:
+        """Bytes of what consumers pass on: the stages of P and dS."""
+        return self.weight_stages * 2 * self.tile_bytes(self.tile_m, self.tile_n)
+
+    @property
+    def gradient_rows(self) -> int:
+        """Rows of a box of dk and dv."""
+        return self.tile_n
+
+
+@dataclass(frozen=True)
+class HopperRowDotsPlan(KernelPlan):
+    """A row for kernels_cu/hopper_row_dots.cu; the rest as in the backward plan."""
+
+    tile_m: int
+    head_dim_v: int
+    consumers: int
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of rows and head."""
+        return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
+
+
+@dataclass(frozen=True)
+class HopperStoreDqPlan(KernelPlan):
+    """A row for kernels_cu/hopper_store_dq.cu; a warpgroup for each part of a tile."""
+
+    tile_m: int
+    head_dim: int
+    softcap: bool
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: a tile of dq."""
+        return self.tile_m * row_bytes(dq_columns(self.head_dim), self.element)
+
+    def blocks(self, problem: Problem) -> int:
+        """Return one for every tile of rows and head."""
+        return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
+
+
+def dq_columns(head_dim: int) -> int:
+    """Return the columns of a row of dq_sum: whole blocks of 64."""
+    return ceil_div(head_dim, BOX_COLUMNS) * BOX_COLUMNS
+
+
+class BackwardTiles(NamedTuple):
+    """The tuned part of a `HopperBackwardPlan`, and the calls that it is for."""
+
+    tile_m: int
+    tile_n: int = 128
+    consumers: int = 2
+    weight_stages: int | None = None  # of a `HopperBackwardWidePlan`
+    band: bool = True  # with causal or window, too
+    softcap: bool = True  # these two take registers
+    alibi: bool = True
+    min_head_dim: int = 0  # of q and k
+    min_seqlen: int = 0  # of queries
+
+    def suits(self, head_dim: int, seqlen_q: int, options: Mapping[str, bool]) -> bool:
+        """Whether a call is one of those."""
+        return (
+            head_dim >= self.min_head_dim
+            and seqlen_q >= self.min_seqlen
+            and not any(options[name] and not getattr(self, name) for name in options)
+        )
+
+
+#: By the largest head dim; of each list the first row that suits.
+BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
+    64: [BackwardTiles(128, softcap=False, alibi=False), BackwardTiles(64)],
+    96: [BackwardTiles(64)],
+    128: [
+        BackwardTiles(80, band=False, softcap=False, alibi=False, min_head_dim=96, min_seqlen=8192),
+        BackwardTiles(64),
+    ],
+    192: [BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1)],
+    256: [BackwardTiles(64, tile_n=64, consumers=2, weight_stages=2)],
+}
+
+#: Of Q and dO.
+STAGES = 2
+
+
+def kernels(problem: Problem) -> tuple[str, ...]:
+    """Return the kernels of a call's backward, in the order of their launches."""
+    return ("hopper_row_dots", choose_plan(problem, False, False).kernel, "hopper_store_dq")
+
+
+@lru_cache(MAX_PLANS)
+def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBackwardPlan:
+    """Choose the plan of a backward call that the family can take, see `hopper.why_not`."""
+    options = score_options(problem, ("alibi_slopes",) if alibi else ())
+    head_dim, head_dim_v = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
+    widest = max(head_dim, head_dim_v)
+    row = next(
+        row for row in BACKWARD_TILES[widest] if row.suits(head_dim, problem.seqlen_q, options)
+    )
+    weight_stages = row.weight_stages
+    wide = weight_stages is not None
+    plan: dict[str, Any] = dict(
+        element=problem.dtype.name,
+        access_bytes=WIDEST_ACCESS,
+        warps=4 * (1 + row.consumers),
+        head_dim=widest if wide else head_dim,
+        head_dim_v=widest if wide else head_dim_v,
+        tile_m=row.tile_m,
+        tile_n=row.tile_n,
+        stages=STAGES,
+        blocks_per_sm=1,
+        **options,
+        deterministic=deterministic,
+    )
+    if weight_stages is None:
+        return HopperBackwardPlan(**plan)
+    return HopperBackwardWidePlan(**plan, weight_stages=weight_stages)
+
+
+@lru_cache(MAX_PLANS)
+def workspace(problem: Problem, alibi: bool, deterministic: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of row_dots, dq_sum and, in turns, dq_turns: rows fill up whole tiles."""
+    plan = choose_plan(problem, alibi, deterministic)
+    tiles = ceil_div(problem.seqlen_q, plan.tile_m)
+    heads, rows = problem.rows_shape[:-1], tiles * plan.tile_m
+    shapes = {
+        "row_dots": (*heads, rows, 2),
+        "dq_sum": (*heads, rows, dq_columns(plan.head_dim)),
+    }
+    if deterministic:
+        shapes["dq_turns"] = (*heads, tiles, plan.consumers)
+    return shapes
+
+
+def plan_backward(card: Card, problem: Problem, tensors: Mapping[str, Array]) -> HopperBackwardPlan:
+    """Plan the main kernel; `tensors` are all those of the call, its workspace included."""
+    return choose_plan(problem, "alibi_slopes" in tensors, "dq_turns" in tensors)
+
+
+def plan_row_dots(card: Card, problem: Problem, tensors: Mapping[str, Array]) -> HopperRowDotsPlan:
+    """Plan the kernel before it."""
+    plan = plan_backward(card, problem, tensors)
+    return HopperRowDotsPlan(
+        element=plan.element,
+        access_bytes=access_bytes(tensors, 0),
+        warps=4,
+        tile_m=plan.tile_m,
+        head_dim_v=plan.head_dim_v,
+        consumers=plan.consumers,
+    )
+
+
+def plan_store_dq(card: Card, problem: Problem, tensors: Mapping[str, Array]) -> HopperStoreDqPlan:
+    """Plan the kernel after it."""
+    plan = plan_backward(card, problem, tensors)
+    return HopperStoreDqPlan(
+        element=plan.element,
+        access_bytes=access_bytes(tensors, 0),
+        warps=4 * plan.dq_parts,
+        tile_m=plan.tile_m,
+        head_dim=plan.head_dim,
+        softcap=plan.softcap,
+    )
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Return the head dim that kernels are compiled for; TMA fills up with zeros."""
+    return next(padded for padded in BACKWARD_TILES if padded >= head_dim)
+
+
+#: Which function plans which kernel of the family's backward.
+PLANS: dict[str, Callable[[Card, Problem, Mapping[str, Array]], KernelPlan]] = {
+    "hopper_row_dots": plan_row_dots,
+    "hopper_backward": plan_backward,
+    "hopper_backward_wide": plan_backward,
+    "hopper_store_dq": plan_store_dq,
+}

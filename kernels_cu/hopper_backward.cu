@@ -1,0 +1,370 @@
+// Backward attention on wgmma and TMA (sm_90a), up to head dim 128: a block of threads computes
+// TILE_N rows of dk and dv for one key head, and what these keys add to dq.
+//
+//   for each query head of the group, for each tile of queries that sees the keys (a step):
+//       S^T = K Q^T, dP^T = V dO^T     (TILE_N x TILE_M, in registers)
+//       P^T = 2^(modify(S^T) - lse)    0 where masked
+//       dS^T = P^T * (dP^T - D)        times the softcap's derivative
+//       dV += P^T dO                   (TILE_N x HEAD_DIM_V, in registers)
+//       dK += dS^T Q                   (TILE_N x HEAD_DIM, in registers)
+//       dq_sum += dS K                 (TILE_M x HEAD_DIM, in device memory)
+//
+// Warpgroup 0 feeds the others and takes dQ from them; each of the CONSUMERS owns 64 keys. With
+// keys as rows the accumulators of S^T and dP^T become operands of the products for dV and dK as
+// they are; only dS goes through shared memory, to become dQ^T = K^T dS^T, of which a consumer
+// computes 64 dims, or the dims of a part of the queries where there are no more.
+//
+//   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers 1, 2, a step:
+//           (TMA)        two stages <== q_empty, do_empty = |   issue S; issue dP
+//                                                           |   wait S; P
+//   warp 1  inspector    partial tiles == inspected ======> |   wait dP; dS; dS to shared memory
+//           (BAND only)  stages <====== q_empty, do_empty = |   issue dV
+//                                                           |   meet the others: dS is complete
+//   warps   writers,     dQ <============= DQ_FULL ======== |   issue dQ
+//   2, 3    one for each adds it to dq_sum                  |   wait dV, release dO; issue dK
+//           consumer     ================= DQ_EMPTY ======> |   wait dQ, hand it over
+//                                                           |   wait dK, release Q
+//
+// Lower case: mbarriers, one for each stage; upper case: named barriers. dS has two stages without
+// barriers of their own: who writes dS of step i has met the others in step i - 1, after they
+// waited for their dQ of step i - 2, which read the same stage.
+//
+// The inspector looks for non-finite values, see nonfinite.cuh, in tiles of which some query does
+// not see some key. Where it finds any in Q or dO, the consumers take them out after S and dP, and
+// set to NaN what sees them when the step is done; where in K, they compute dQ anew. Missing
+// queries and keys need no inspection: TMA fills up with zeros.
+#include "hopper_backward.cuh"
+
+// One row of the table in flash_cupy/cuda/hopper_backward.py.
+struct Config {
+    using Element = PLAN_ELEMENT;
+    static constexpr int TILE_M = PLAN_TILE_M;          // queries of a step
+    static constexpr int TILE_N = PLAN_TILE_N;          // keys of a block
+    static constexpr int HEAD_DIM = PLAN_HEAD_DIM;      // of q and k, filled up with zeros
+    static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;  // of v and o
+    static constexpr bool BAND = PLAN_BAND;
+    static constexpr bool SOFTCAP = PLAN_SOFTCAP;
+    static constexpr bool ALIBI = PLAN_ALIBI;
+    static constexpr bool DETERMINISTIC = PLAN_DETERMINISTIC;  // adds to dq_sum in a fixed order
+    static constexpr int CONSUMERS = PLAN_WARPS / 4 - 1;       // warpgroups
+    static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
+    static constexpr int WEIGHT_STAGES = STAGES;               // of dS
+    static constexpr int DQ_PARTS = CONSUMERS;
+    static constexpr bool P_IN_REGISTERS = true;
+    static constexpr bool HAS_WRITERS = true;
+    static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
+
+    static constexpr int THREADS = PLAN_WARPS * WARP;
+    static_assert(TILE_N == 64 * CONSUMERS && STAGES == 2, "what the pipeline is made for");
+};
+
+// Of a thread of warpgroup 0 and of the others: together what the block was launched with.
+constexpr int PRODUCER_REGISTERS = 24;
+constexpr int CONSUMER_REGISTERS = 240;
+
+// A consumer warpgroup: 64 keys, from the first step to their dK and dV.
+template <class Config>
+struct Consumer : BackwardConsumer<Config> {
+    using Base = BackwardConsumer<Config>;
+    using typename Base::Block;
+    using typename Base::Dq;
+    using typename Base::Step;
+    using typename Base::T;
+    using Base::block, Base::index, Base::score, Base::TILE_M;
+    using Base::leads, Base::release, Base::thread, Base::warp_row;
+
+    using Scores = float[TILE_M / 2];           // accumulators, 64 x TILE_M of the warpgroup
+    using Weights = uint32[TILE_M / 16][4];     // the same as operands of products
+
+    float dk[Config::HEAD_DIM / 2];
+    float dv[Config::HEAD_DIM_V / 2];
+
+    DEVICE Consumer(const Block& block, int index) : Base(block, index), dk{}, dv{} {}
+
+    DEVICE int first_row() const {  // of this consumer in the tiles of keys
+        return 64 * index;
+    }
+    // The first key and query of this lane's accumulators: value 4i + 2r + e of them belongs to
+    // key + 8r and query + 8i + e.
+    DEVICE int32 lane_key() const {
+        return block.first_key + first_row() + warp_row() + lane_index() / 4;
+    }
+    DEVICE int32 lane_query(int32 tile) const {
+        return tile * TILE_M + 2 * (lane_index() % 4);
+    }
+
+    // acc = a b^T: rows of two tiles multiplied with each other, of a those from `row` on.
+    template <class ATile, class BTile>
+    static DEVICE void multiply_rows(Scores& acc, ATile a, int row, BTile b, int cols) {
+#pragma unroll
+        for (int k = 0; k < cols; k += 16) {
+            wgmma_ss<T, TILE_M, false, false>(acc, a.k_major(row, k), b.k_major(0, k), k > 0);
+        }
+        wgmma_commit();
+    }
+
+    // acc += weights b: rows of a tile weighted and added up.
+    template <class BTile, int COLS>
+    static DEVICE void add_weighted_rows(float (&acc)[COLS], const Weights& weights, BTile b) {
+#pragma unroll
+        for (int k = 0; k < TILE_M / 16; ++k) {
+            wgmma_rs<T, 2 * COLS, true>(acc, weights[k], b.mn_major(16 * k, 0), true);
+        }
+        wgmma_commit();
+    }
+
+    // P from S, in place. With a softcap, which needs S, also dP becomes (dP - D) * derivative.
+    DEVICE void exponentiate(Scores& s, Scores& dp, const Step& step) const {
+        const int32 key = lane_key(), query = lane_query(step.tile);
+#pragma unroll
+        for (int i = 0; i < TILE_M / 8; ++i) {
+            const Two lse = load_terms(step.stage(), i, 0);
+            const Two dot = Config::SOFTCAP ? load_terms(step.stage(), i, sizeof(Two)) : Two{};
+#pragma unroll
+            for (int x = 0; x < 4; ++x) {
+                const int e = x % 2, r = x / 2;
+                float& value = s[4 * i + x];
+                float derivative;
+                const float exponent = score.modify_with_slope(value, query + 8 * i + e,
+                                                               key + 8 * r, derivative);
+                value = exp2_real(exponent * score.factor - lse.value[e]);
+                if constexpr (Config::SOFTCAP) {
+                    dp[4 * i + x] = (dp[4 * i + x] - dot.value[e]) * derivative;
+                }
+            }
+        }
+    }
+
+    // dS from P and dP, in place of dP.
+    DEVICE void differentiate(const Scores& p, Scores& dp, const Step& step) const {
+#pragma unroll
+        for (int i = 0; i < TILE_M / 8; ++i) {
+            const Two dot = Config::SOFTCAP ? Two{} : load_terms(step.stage(), i, sizeof(Two));
+#pragma unroll
+            for (int x = 0; x < 4; ++x) {
+                dp[4 * i + x] = p[4 * i + x] * (dp[4 * i + x] - dot.value[x % 2]);
+            }
+        }
+    }
+
+    struct alignas(8) Two {
+        float value[2];
+    };
+    // Of two neighbouring queries, 8i after the lane's first: lse, or D at `offset`.
+    DEVICE Two load_terms(int stage, int i, int offset) const {
+        constexpr int SIZE = sizeof(typename Block::Terms);
+        return load_shared<Two>(block.terms(stage) + lane_index() % 4 * SIZE + 4 * i * SIZE +
+                                offset);
+    }
+
+    // Zeros where a query does not see a key, or one of them does not exist.
+    DEVICE void mask(Scores& p, Scores& ds, const Step& step) const {
+        const int32 start = lane_query(step.tile);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const auto rows = score.rows(lane_key() + 8 * r);
+            const int32 first = rows.first - start, last = rows.last - start;
+#pragma unroll
+            for (int j = 0; j < TILE_M / 4; ++j) {
+                const int query = j / 2 * 8 + j % 2;  // constants, counted from the lane's first
+                if (query < first || query > last) {
+                    p[j / 2 * 4 + 2 * r + j % 2] = 0;
+                    ds[j / 2 * 4 + 2 * r + j % 2] = 0;
+                }
+            }
+        }
+    }
+
+    static DEVICE void round(Weights& weights, const Scores& scores) {
+#pragma unroll
+        for (int j = 0; j < TILE_M / 4; ++j) {
+            weights[j / 4][j % 4] = pack<T>(scores[2 * j], scores[2 * j + 1]);
+        }
+    }
+
+    // dS^T of this consumer to its columns of dS.
+    DEVICE void store_ds(const Weights& ds, int stage) const {
+        const int lane = lane_index();
+        const auto tile = block.ds_tile(stage);
+        const uint32 row = tile.at(lane / 16 * 8 + lane % 8,
+                                   first_row() + warp_row() + lane / 8 % 2 * 8);
+#pragma unroll
+        for (int k = 0; k < TILE_M / 16; ++k) {
+            store_matrix_transposed_x4(row + 16 * k * tile.ROW_BYTES, ds[k][0], ds[k][1],
+                                       ds[k][2], ds[k][3]);
+        }
+    }
+
+    using DqSums = float[Dq::QUERIES / 2];
+
+    // dQ^T = K^T dS^T, this consumer's part.
+    DEVICE void multiply_dq(DqSums& dq, int stage) const {
+        const auto k = block.k_tile();
+        const auto ds = block.ds_tile(stage);
+#pragma unroll
+        for (int key = 0; key < Config::TILE_N; key += 16) {
+            wgmma_ss<T, Dq::QUERIES, true, false>(dq, k.mn_major(key, Dq::first_dim(index)),
+                                                  ds.k_major(Dq::first_query(index), key),
+                                                  key > 0);
+        }
+        wgmma_commit();
+    }
+
+    // Hands dQ to the writer.
+    DEVICE void pass_dq(const DqSums& dq) const {
+        struct alignas(16) Four {
+            float value[4];
+        };
+        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);
+#pragma unroll
+        for (int i = 0; i < Dq::QUERIES / 8; ++i) {
+            store_shared(block.dq_part(index) +
+                             Dq::at(thread(), i) * static_cast<int>(sizeof(float)),
+                         Four{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]});
+        }
+        fence_async_shared();
+        arrive_named(Block::DQ_FULL + index, Block::DQ_THREADS);
+    }
+
+    DEVICE void compute(const Step& step) {
+        const int stage = step.stage();
+        const auto q = block.q_tile(stage);
+        const auto do_ = block.do_tile(stage);
+        Scores s, dp;
+        wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
+        wgmma_fence();
+        multiply_rows(s, block.k_tile(), first_row(), q, Config::HEAD_DIM);
+        wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
+        multiply_rows(dp, block.v_tile(), first_row(), do_, Config::HEAD_DIM_V);
+
+        Weights p, ds;
+        wgmma_wait<Config::SOFTCAP ? 0 : 1>();
+        exponentiate(s, dp, step);
+        wgmma_wait<0>();
+        differentiate(s, dp, step);
+        uint32 found = 0;
+        if (block.is_partial(step.tile)) {
+            mask(s, dp, step);
+            found = this->remove_nonfinite(step);
+        }
+        found = recompute_from(found);  // no second copy of all that follows
+        round(p, s);
+        round(ds, dp);
+        store_ds(ds, stage);
+
+        wgmma_fence();
+        add_weighted_rows(dv, p, do_);
+        fence_async_shared();
+        this->meet_consumers();
+        DqSums dq;
+        wgmma_fence();
+        multiply_dq(dq, stage);
+        wgmma_wait<1>();
+        release(Block::DO_EMPTY + stage);
+        add_weighted_rows(dk, ds, q);
+        wgmma_wait<1>();
+        pass_dq(dq);
+        wgmma_wait<0>();
+        release(Block::Q_EMPTY + stage);
+        if (Config::BAND && found) spread_nonfinite(step);
+    }
+
+    // ---- non-finite values ----------------------------------------------------------------------
+
+    // Sets to NaN what sees a non-finite value of Q, dO and K.
+    DEVICE void spread_nonfinite(const Step& step) {
+        spread_nonfinite_queries(step);
+        this->spread_nonfinite_keys(step);
+        this->restore_keys();
+    }
+
+    DEVICE void spread_nonfinite_queries(const Step& step) {
+        const AttentionParams& params = block.params;
+        const HeadIndex head = block.query_head(block.key_head(), step.head);
+        const int32 first = step.tile * TILE_M;
+#pragma unroll 1
+        for (int32 query = first; query < min(first + TILE_M, params.seqlen_q); ++query) {
+            spread_nonfinite_row(dk, query, params.head_dim,
+                                 head_data<const uint16>(params.q, head, head.head) +
+                                     query * params.q.row);
+            spread_nonfinite_row(dv, query, params.head_dim_v,
+                                 head_data<const uint16>(params.do_, head, head.head) +
+                                     query * params.do_.row);
+        }
+    }
+    template <int COUNT>
+    DEVICE void spread_nonfinite_row(float (&acc)[COUNT], int32 query, int32 cols,
+                                     const uint16* row) const {
+        const bool seen[2] = {score.sees(query, lane_key()), score.sees(query, lane_key() + 8)};
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int col = i / 4 * 8 + 2 * (lane_index() % 4) + i % 2;
+            if (seen[i / 2 % 2] && col < cols && is_nonfinite<T>(row[col])) {
+                acc[i] = infinity<float>() * 0;
+            }
+        }
+    }
+
+    // ---- the end --------------------------------------------------------------------------------
+
+    // This consumer's rows of dk or dv, by way of the same rows of `tile`, which no one reads any
+    // more.
+    template <class Tile, int COUNT>
+    DEVICE void store(const float (&acc)[COUNT], float scale, Tile tile,
+                      const TensorMap& map) const {
+        const int lane = lane_index(), row = first_row() + warp_row() + lane % 16;
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 8) {
+            store_matrix_x4(tile.at(row, 2 * i + lane / 16 * 8),
+                            pack<T>(acc[i] * scale, acc[i + 1] * scale),
+                            pack<T>(acc[i + 2] * scale, acc[i + 3] * scale),
+                            pack<T>(acc[i + 4] * scale, acc[i + 5] * scale),
+                            pack<T>(acc[i + 6] * scale, acc[i + 7] * scale));
+        }
+        fence_async_shared();
+        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
+        if (leads()) {
+            const HeadIndex head = block.key_head();
+#pragma unroll
+            for (int col = 0; col < 2 * COUNT; col += Tile::BOX_COLS) {
+                store_box(&map, box_place(head, head.head, block.first_key + first_row(), col),
+                          tile.at(first_row(), col));
+            }
+            commit_bulk();
+        }
+    }
+
+    DEVICE void run() {
+        const TileRange tiles = block.query_tiles();
+        if (tiles.begin < tiles.end) wait_for(block.barrier(Block::KV_FULL), 0);
+        block.for_each_step([&](const Step& step) {
+            if (step.tile == tiles.begin) this->enter_head(step);
+            compute(step);
+        });
+        this->meet_consumers();  // all have read K
+        const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
+        store(dv, 1, block.v_tile(), block.maps.dv);
+        store(dk, scale, block.k_tile(), block.maps.dk);
+        if (leads()) wait_bulk_read<0>();
+        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);  // the writer's last arrival
+    }
+};
+
+// One block for every tile of keys of every key head; the tiles of a head are neighbours, so that
+// its queries stay in L2.
+extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
+    hopper_backward(const __grid_constant__ AttentionParams params,
+                    const __grid_constant__ BackwardMaps maps) {
+    const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
+    const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
+    if (threadIdx.x == 0) block.init_barriers();
+    __syncthreads();
+    const int warpgroup = threadIdx.x / WARPGROUP;
+    if (warpgroup == 0) {
+        shrink_registers<PRODUCER_REGISTERS>();
+        block.serve();
+    } else {
+        grow_registers<CONSUMER_REGISTERS>();
+        Consumer<Config>(block, warpgroup - 1).run();
+    }
+}

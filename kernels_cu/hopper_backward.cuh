@@ -1,0 +1,456 @@
+// What the Hopper backward kernels have in common: a block's shared memory and barriers, warpgroup
+// 0, which feeds the others, and what these, the consumers, do about non-finite values. The files
+// of the kernels explain the pipeline.
+#pragma once
+#include "types.cuh"
+#include "ptx.cuh"
+#include "params.cuh"
+#include "mbarrier.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+#include "warpgroup.cuh"
+#include "hopper_tile.cuh"
+#include "hopper_maps.cuh"
+#include "hopper_dq_sum.cuh"
+#include "score.cuh"
+#include "nonfinite.cuh"
+#include "row_terms.cuh"
+#include "turns.cuh"
+
+// Config: the plan, and which pipeline it is for: DQ_PARTS, WEIGHT_STAGES (of dS and P),
+// P_IN_REGISTERS, HAS_WRITERS.
+template <class Config>
+struct BackwardBlock {
+    using T = typename Config::Element;
+    static constexpr int CONSUMERS = Config::CONSUMERS;
+    static constexpr int STAGES = Config::STAGES;
+
+    using KTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM>;
+    using VTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM_V>;
+    using QTile = SwizzledTile<T, Config::TILE_M, Config::HEAD_DIM>;
+    using DoTile = SwizzledTile<T, Config::TILE_M, Config::HEAD_DIM_V>;
+    using DsTile = SwizzledTile<T, Config::TILE_M, Config::TILE_N>;  // a row for each query
+    using Dq = DqTile<Config::TILE_M, Config::DQ_PARTS, Config::HEAD_DIM>;
+    using Terms = RowTermsPair<float>;
+
+    // Shared memory, in this order, from an address that the swizzle asks for.
+    static constexpr int V_OFFSET = KTile::BYTES;
+    static constexpr int Q_OFFSET = V_OFFSET + VTile::BYTES;
+    static constexpr int DO_OFFSET = Q_OFFSET + STAGES * QTile::BYTES;
+    static constexpr int DS_OFFSET = DO_OFFSET + STAGES * DoTile::BYTES;
+    static constexpr int P_OFFSET = DS_OFFSET + Config::WEIGHT_STAGES * DsTile::BYTES;
+    static constexpr int DQ_OFFSET =
+        P_OFFSET + (Config::P_IN_REGISTERS ? 0 : Config::WEIGHT_STAGES * DsTile::BYTES);
+    // Of a consumer, if writers take it from there.
+    static constexpr int DQ_BYTES =
+        Config::HAS_WRITERS ? Dq::PART * static_cast<int>(sizeof(float)) : 0;
+    static constexpr int TERMS_OFFSET = DQ_OFFSET + CONSUMERS * DQ_BYTES;
+    static constexpr int TERMS_BYTES = Config::TILE_M / 2 * static_cast<int>(sizeof(Terms));
+    static constexpr int BARRIERS_OFFSET = TERMS_OFFSET + STAGES * TERMS_BYTES;
+
+    // mbarriers in shared memory; after them the inspector's findings of both stages.
+    enum Barrier {
+        KV_FULL,
+        Q_FULL,
+        Q_EMPTY = Q_FULL + STAGES,
+        DO_FULL = Q_EMPTY + STAGES,
+        DO_EMPTY = DO_FULL + STAGES,
+        INSPECTED = DO_EMPTY + STAGES,
+        BARRIERS = INSPECTED + STAGES,
+    };
+    // Named barriers; from the second on one for each consumer.
+    enum NamedBarrier {
+        ALL_CONSUMERS = 1,
+        DQ_FULL,
+        DQ_EMPTY = DQ_FULL + CONSUMERS,
+        ONE_CONSUMER = DQ_EMPTY + CONSUMERS,
+    };
+    static constexpr int DQ_THREADS = WARPGROUP + WARP;  // at DQ_FULL and DQ_EMPTY
+
+    // One finding for each stage, and an address.
+    static constexpr int BYTES = BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + STAGES * 4 + 8;
+    static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
+
+    // A tile of queries of a head of the group.
+    struct Step {
+        int32 head, tile;
+        uint32 index;  // counts the steps of the block
+
+        DEVICE int stage() const {
+            return index % STAGES;
+        }
+        DEVICE uint32 parity() const {  // of the phase of the stage's barriers
+            return index / STAGES % 2;
+        }
+    };
+
+    const AttentionParams& params;
+    const BackwardMaps& maps;
+    const uint32 shared;
+    const uint32 block;     // of the grid's
+    const int32 first_key;  // of the block
+
+    DEVICE BackwardBlock(const AttentionParams& params, const BackwardMaps& maps, uint32 shared,
+                         uint32 block)
+        : params(params),
+          maps(maps),
+          shared(shared),
+          block(block),
+          first_key(key_tile() * Config::TILE_N) {}
+
+    // The block's tile of keys, first that which most queries of a causal mask see; in turns, that
+    // which adds first to its first tile of queries.
+    DEVICE int32 key_tile() const {
+        const int32 tile = block % key_tiles();
+        return Config::DETERMINISTIC ? key_tiles() - 1 - tile : tile;
+    }
+    DEVICE int32 key_tiles() const {
+        return ceil_div(params.seqlen_k, Config::TILE_N);
+    }
+    DEVICE HeadIndex key_head() const {
+        return HeadIndex(params, block / key_tiles(), params.heads / params.group);
+    }
+    // A query head of the group of a key head.
+    DEVICE HeadIndex query_head(HeadIndex key_head, int32 head) const {
+        key_head.head = key_head.head * params.group + head;
+        return key_head;
+    }
+    DEVICE Band band() const {
+        return Config::BAND ? Band{params.band_low, params.band_high} : Band{-(1 << 30), 1 << 30};
+    }
+    DEVICE TileRange query_tiles() const {
+        const int32 last = min(first_key + Config::TILE_N, params.seqlen_k) - 1;
+        return visible_tiles(band().transposed(), first_key, last, Config::TILE_M,
+                             params.seqlen_q);
+    }
+
+    DEVICE KTile k_tile() const {
+        return {shared};
+    }
+    DEVICE VTile v_tile() const {
+        return {shared + V_OFFSET};
+    }
+    DEVICE QTile q_tile(int stage) const {
+        return {shared + Q_OFFSET + stage * QTile::BYTES};
+    }
+    DEVICE DoTile do_tile(int stage) const {
+        return {shared + DO_OFFSET + stage * DoTile::BYTES};
+    }
+    DEVICE DsTile ds_tile(int stage) const {
+        return {shared + DS_OFFSET + stage % Config::WEIGHT_STAGES * DsTile::BYTES};
+    }
+    DEVICE DsTile p_tile(int stage) const {
+        return {shared + P_OFFSET + stage % Config::WEIGHT_STAGES * DsTile::BYTES};
+    }
+    DEVICE uint32 dq_part(int consumer) const {
+        return shared + DQ_OFFSET + consumer * DQ_BYTES;
+    }
+    DEVICE uint32 terms(int stage) const {
+        return shared + TERMS_OFFSET + stage * TERMS_BYTES;
+    }
+    DEVICE uint32 barrier(int index) const {
+        return shared + BARRIERS_OFFSET + index * BARRIER_BYTES;
+    }
+    DEVICE uint32 finding(int stage) const {
+        return barrier(BARRIERS) + stage * static_cast<int>(sizeof(uint32));
+    }
+
+    // Where the producer keeps the address of the group's row_dots: it is short of registers.
+    DEVICE uint32 row_dots() const {
+        return finding(STAGES);
+    }
+
+    // By one thread, before all others start.
+    DEVICE void init_barriers() const {
+        constexpr int READERS = CONSUMERS + Config::BAND;  // of Q and dO
+        init_barrier(barrier(KV_FULL), 1);
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+            init_barrier(barrier(Q_FULL + stage), 1);
+            init_barrier(barrier(Q_EMPTY + stage), READERS);
+            init_barrier(barrier(DO_FULL + stage), 1);
+            init_barrier(barrier(DO_EMPTY + stage), READERS);
+            init_barrier(barrier(INSPECTED + stage), 1);
+        }
+        fence_barrier_init();
+    }
+
+    // Calls visit(step) for all steps of the block, in order.
+    template <class Visit>
+    DEVICE void for_each_step(Visit visit) const {
+        const TileRange tiles = query_tiles();
+        Step step = {0, tiles.begin, 0};
+        if (tiles.begin == tiles.end) return;
+#pragma unroll 1
+        while (step.head < params.group) {
+            visit(step);
+            if (++step.tile == tiles.end) {
+                step.tile = tiles.begin;
+                step.head += 1;
+            }
+            step.index += 1;
+        }
+    }
+
+    // Whether some query of a tile does not see some key of the block, or one does not exist.
+    DEVICE bool is_partial(int32 tile) const {
+        const int32 first_query = tile * Config::TILE_M;
+        const int32 last_query = first_query + Config::TILE_M - 1;
+        const int32 last_key = first_key + Config::TILE_N - 1;
+        return last_query >= params.seqlen_q || last_key >= params.seqlen_k ||
+               (Config::BAND && (first_key < last_query + params.band_low ||
+                                 last_key > first_query + params.band_high));
+    }
+
+    // ---- warpgroup 0 ----------------------------------------------------------------------------
+
+    template <class Tile>
+    DEVICE void load(Tile tile, const TensorMap& map, const HeadIndex& index, int32 row,
+                     int full) const {
+#pragma unroll
+        for (int box = 0; box < Tile::BOXES; ++box) {
+            load_box(tile.box(box), &map, box_place(index, index.head, row, Tile::BOX_COLS * box),
+                     barrier(full));
+        }
+    }
+
+    // One thread: all loads.
+    DEVICE void produce() const {
+        const HeadIndex keys = key_head();
+        const HeadIndex first = query_head(keys, 0);
+        store_shared(row_dots(), head_data<const float>(params.row_dots, first, first.head));
+        for_each_step([&](const Step& step) {
+            const HeadIndex index = query_head(keys, step.head);
+            const int32 row = step.tile * Config::TILE_M;
+            const int q_full = Q_FULL + step.stage(), do_full = DO_FULL + step.stage();
+            wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
+            arrive_expecting(barrier(q_full), QTile::BYTES + TERMS_BYTES);
+            load(q_tile(step.stage()), maps.q, index, row, q_full);
+            load_bulk(terms(step.stage()),
+                      load_shared<const float*>(row_dots()) + step.head * params.row_dots.head +
+                          2 * row,
+                      TERMS_BYTES, barrier(q_full));
+            if (step.index == 0) {
+                arrive_expecting(barrier(KV_FULL), KTile::BYTES + VTile::BYTES);
+                load(k_tile(), maps.k, keys, first_key, KV_FULL);
+                load(v_tile(), maps.v, keys, first_key, KV_FULL);
+            }
+            wait_for(barrier(DO_EMPTY + step.stage()), step.parity() ^ 1);
+            arrive_expecting(barrier(do_full), DoTile::BYTES);
+            load(do_tile(step.stage()), maps.do_, index, row, do_full);
+        });
+    }
+
+    // Whether a warp finds a non-finite value in a tile.
+    template <class Tile>
+    static DEVICE bool finds_nonfinite_value(Tile tile) {
+        bool found = false;
+#pragma unroll 2
+        for (int i = lane_index() * CHUNK_BYTES; i < Tile::BYTES; i += WARP * CHUNK_BYTES) {
+            found |= has_nonfinite<T>(load_shared<Chunk>(tile.address + i));
+        }
+        return __any_sync(0xffffffff, found);
+    }
+
+    // One warp: looks through partial tiles.
+    DEVICE void inspect() const {
+        bool keys_inspected = false, keys_nonfinite = false;
+        for_each_step([&](const Step& step) {
+            wait_for(barrier(Q_FULL + step.stage()), step.parity());
+            wait_for(barrier(DO_FULL + step.stage()), step.parity());
+            if (is_partial(step.tile)) {
+                if (!keys_inspected) {
+                    wait_for(barrier(KV_FULL), 0);
+                    keys_nonfinite = finds_nonfinite_value(k_tile());
+                    keys_inspected = true;
+                }
+                const bool found = keys_nonfinite ||
+                                   finds_nonfinite_value(q_tile(step.stage())) ||
+                                   finds_nonfinite_value(do_tile(step.stage()));
+                if (lane_index() == 0) store_shared<uint32>(finding(step.stage()), found);
+            }
+            __syncwarp();
+            if (lane_index() == 0) {
+                arrive_at(barrier(INSPECTED + step.stage()));
+                arrive_at(barrier(Q_EMPTY + step.stage()));
+                arrive_at(barrier(DO_EMPTY + step.stage()));
+            }
+        });
+    }
+
+    // One warp for each consumer: adds its dQ to dq_sum.
+    DEVICE void write_dq(int consumer) const {
+        const HeadIndex first = query_head(key_head(), 0);
+        float* const sums =
+            head_data<float>(params.dq_sum, first, first.head) + consumer * Dq::PART;
+        int32* const turns = head_data<int32>(params.dq_turns, first, first.head) + consumer;
+        arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
+        for_each_step([&](const Step& step) {
+            int32* const counter =
+                turns + step.head * params.dq_turns.head + step.tile * params.dq_turns.row;
+            sync_named(DQ_FULL + consumer, DQ_THREADS);
+            if (lane_index() == 0) {
+                if constexpr (Config::DETERMINISTIC) {
+                    wait_for_turn(counter, turn(step.tile));
+                }
+                add_bulk(sums + step.head * params.dq_sum.head +
+                             step.tile * Config::TILE_M * params.dq_sum.row,
+                         dq_part(consumer), DQ_BYTES);
+                commit_bulk();
+                wait_bulk_read<0>();
+            }
+            __syncwarp();
+            arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
+            if constexpr (Config::DETERMINISTIC) {
+                if (lane_index() == 0) {
+                    wait_bulk<0>();
+                    pass_turn(counter);
+                }
+            }
+        });
+    }
+
+    // How many key tiles add to a tile of dQ before this one: those behind it that it sees.
+    DEVICE int32 turn(int32 tile) const {
+        const int32 first = tile * Config::TILE_M;
+        const int32 last = min(first + Config::TILE_M, params.seqlen_q) - 1;
+        return visible_tiles(band(), first, last, Config::TILE_N, params.seqlen_k).end - 1 -
+               key_tile();
+    }
+
+    DEVICE void serve() const {
+        const int warp = threadIdx.x / WARP;
+        if (warp == 0) {
+            if (threadIdx.x == 0) produce();
+        } else if (warp == 1) {
+            if constexpr (Config::BAND) inspect();
+        } else if constexpr (Config::HAS_WRITERS) {
+            write_dq(warp - 2);
+        }
+    }
+};
+
+// What the consumer warpgroups of all kernels have in common.
+template <class Config>
+struct BackwardConsumer {
+    using Block = BackwardBlock<Config>;
+    using T = typename Block::T;
+    using Step = typename Block::Step;
+    using Dq = typename Block::Dq;
+    static constexpr int TILE_M = Config::TILE_M;
+    static constexpr int TILE_N = Config::TILE_N;
+    static constexpr int ALL_THREADS = Config::CONSUMERS * WARPGROUP;
+
+    const Block& block;
+    const int index;  // of the consumers
+    Score<Config, float> score;
+
+    DEVICE BackwardConsumer(const Block& block, int index)
+        : block(block),
+          index(index),
+          score(block.params, block.query_head(block.key_head(), 0)) {}
+
+    DEVICE int thread() const {
+        return threadIdx.x % WARPGROUP;
+    }
+    DEVICE bool leads() const {
+        return thread() == 0;
+    }
+    DEVICE int all_thread() const {  // among all consumers'
+        return WARPGROUP * index + thread();
+    }
+    DEVICE int warp_row() const {  // of the warp's accumulators
+        return thread() / WARP * 16;
+    }
+
+    DEVICE void meet_consumers() const {
+        sync_named(Block::ALL_CONSUMERS, ALL_THREADS);
+    }
+    DEVICE void release(int empty) const {
+        if (leads()) arrive_at(block.barrier(empty));
+    }
+
+    // At the first step of a head: ALiBi has a slope for each.
+    DEVICE void enter_head(const Step& step) {
+        if constexpr (Config::ALIBI) {
+            score = {block.params, block.query_head(block.key_head(), step.head)};
+        }
+    }
+
+    // Whether the inspector found non-finite values, which are then taken out of the tiles.
+    DEVICE uint32 remove_nonfinite(const Step& step) const {
+        if (!Config::BAND) return 0;
+        wait_for(block.barrier(Block::INSPECTED + step.stage()), step.parity());
+        const uint32 found = load_shared<uint32>(block.finding(step.stage()));
+        if (found) {
+            meet_consumers();  // all have S and dP
+            remove_nonfinite_values(block.q_tile(step.stage()));
+            remove_nonfinite_values(block.do_tile(step.stage()));
+            remove_nonfinite_values(block.k_tile());
+            fence_async_shared();
+            meet_consumers();
+        }
+        return found;
+    }
+
+    template <class Tile>
+    DEVICE void remove_nonfinite_values(Tile tile) const {
+#pragma unroll 1
+        for (int i = 2 * all_thread(); i < Tile::BYTES; i += 2 * ALL_THREADS) {
+            if (nonfinite_at<T>(tile.address + i)) store_shared(tile.address + i, uint16(0));
+        }
+    }
+
+    // Adds NaN to this consumer's parts of dQ where a query sees a non-finite value of K.
+    DEVICE void spread_nonfinite_keys(const Step& step) const {
+        const AttentionParams& params = block.params;
+        const HeadIndex keys = block.key_head(), head = block.query_head(keys, step.head);
+        const uint16* row = head_data<const uint16>(params.k, keys, keys.head) +
+                            block.first_key * params.k.row;
+        const int32 query = step.tile * TILE_M;
+        float* const sums =
+            head_data<float>(params.dq_sum, head, head.head) + query * params.dq_sum.row;
+#pragma unroll 1
+        for (int32 key = block.first_key; key < last_key(); ++key, row += params.k.row) {
+#pragma unroll 1
+            for (int part = index; part < Config::DQ_PARTS; part += Config::CONSUMERS) {
+                add_nonfinite(sums + part * Dq::PART, row, key, Dq::first_dim(part),
+                              query + Dq::first_query(part));
+            }
+        }
+    }
+    DEVICE void add_nonfinite(float* part, const uint16* row, int32 key, int first_dim,
+                              int32 first_query) const {
+        const float nan = infinity<float>() * 0;
+#pragma unroll 1
+        for (int i = 0; i < Dq::QUERIES / 2; ++i) {
+            const int dim = first_dim + warp_row() + lane_index() / 4 + i / 2 % 2 * 8;
+            const int32 query = first_query + i / 4 * 8 + 2 * (lane_index() % 4) + i % 2;
+            if (dim < block.params.head_dim && is_nonfinite<T>(row[dim]) &&
+                score.sees(query, key)) {
+                add_global<1>(part + Dq::at(thread(), i / 4) + i % 4, &nan);
+            }
+        }
+    }
+
+    // Brings non-finite values back to K's tile.
+    DEVICE void restore_keys() const {
+        const AttentionParams& params = block.params;
+        const HeadIndex keys = block.key_head();
+        const uint16* row = head_data<const uint16>(params.k, keys, keys.head) +
+                            block.first_key * params.k.row;
+        meet_consumers();  // all have dQ
+#pragma unroll 1
+        for (int32 key = block.first_key; key < last_key(); ++key, row += params.k.row) {
+#pragma unroll 1
+            for (int col = all_thread(); col < params.head_dim; col += ALL_THREADS) {
+                store_shared(block.k_tile().at(key - block.first_key, col), row[col]);
+            }
+        }
+        fence_async_shared();
+        meet_consumers();
+    }
+    DEVICE int32 last_key() const {  // exclusive
+        return min(block.first_key + Config::TILE_N, block.params.seqlen_k);
+    }
+};

@@ -1,0 +1,340 @@
+// Backward attention on wgmma and TMA (sm_90a) for head dims above 128, of which the accumulators
+// of dK and dV are too wide for one warpgroup: hopper_backward.cu's pipeline, its products shared
+// out otherwise. A consumer computes S and dP for all queries of a step and some of the keys, and,
+// of dV^T, dK^T and dQ^T, blocks of 64 dims for all keys and queries. So P and dS both go through
+// shared memory, to all consumers.
+//
+//   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers, a step:
+//           (TMA)        two stages <== q_empty, do_empty = |   issue S = Q K^T; issue dP = dO V^T
+//                                                           |   wait S, dP; P, dS
+//   warp 1  inspector    partial tiles == inspected ======> |   P, dS to shared memory
+//           (BAND only)  stages <====== q_empty, do_empty = |   meet the others: they are complete
+//                                                           |   issue dV^T += dO^T P
+//                                                           |   issue dQ^T = K^T dS^T
+//                                                           |   wait dV, release dO
+//                                                           |   issue dK^T += Q^T dS
+//                        dq_sum, in global memory <======== |   wait dQ, add it
+//                                                           |   wait dK, release Q
+//
+// Lower case: mbarriers, one for each stage. Where P and dS have two stages, they need no barriers
+// of their own, as dS in hopper_backward.cu; where they have one, all meet once more before they
+// are stored.
+#include "hopper_backward.cuh"
+
+// One row of the table in flash_cupy/cuda/hopper_backward.py.
+struct Config {
+    using Element = PLAN_ELEMENT;
+    static constexpr int TILE_M = PLAN_TILE_M;          // queries of a step
+    static constexpr int TILE_N = PLAN_TILE_N;          // keys of a block
+    static constexpr int HEAD_DIM = PLAN_HEAD_DIM;      // of q and k, filled up with zeros
+    static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;  // of v and o
+    static constexpr bool BAND = PLAN_BAND;
+    static constexpr bool SOFTCAP = PLAN_SOFTCAP;
+    static constexpr bool ALIBI = PLAN_ALIBI;
+    static constexpr bool DETERMINISTIC = PLAN_DETERMINISTIC;  // adds to dq_sum in a fixed order
+    static constexpr int CONSUMERS = PLAN_WARPS / 4 - 1;       // warpgroups
+    static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
+    static constexpr int WEIGHT_STAGES = PLAN_WEIGHT_STAGES;   // of P and dS
+    static constexpr int DQ_PARTS = HEAD_DIM / 64;
+    static constexpr bool P_IN_REGISTERS = false;
+    static constexpr bool HAS_WRITERS = false;
+    static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
+
+    static constexpr int THREADS = PLAN_WARPS * WARP;
+    static_assert(TILE_M == 64 && TILE_N % (16 * CONSUMERS) == 0 && HEAD_DIM == HEAD_DIM_V &&
+                      DQ_PARTS % CONSUMERS == 0 && STAGES == 2,
+                  "what the pipeline is made for");
+};
+
+// Of a thread of warpgroup 0 and of the others: together what the block was launched with.
+constexpr int PRODUCER_REGISTERS = Config::CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = Config::CONSUMERS == 2 ? 240 : 160;
+
+// A consumer warpgroup, from the first step to its columns of dK and dV.
+template <class Config>
+struct Consumer : BackwardConsumer<Config> {
+    using Base = BackwardConsumer<Config>;
+    using typename Base::Block;
+    using typename Base::Dq;
+    using typename Base::Step;
+    using typename Base::T;
+    using Base::block, Base::index, Base::score, Base::TILE_M, Base::TILE_N;
+    using Base::leads, Base::release, Base::thread, Base::warp_row;
+    static constexpr int KEYS = TILE_N / Config::CONSUMERS;             // of S and dP
+    static constexpr int PARTS = Config::DQ_PARTS / Config::CONSUMERS;  // blocks of 64 dims
+
+    using Scores = float[KEYS / 2];           // accumulators, 64 queries x KEYS
+    using Sums = float[PARTS][TILE_N / 2];    // 64 dims x TILE_N keys each
+    using DqSums = float[PARTS][TILE_M / 2];  // 64 dims x TILE_M queries each
+
+    Sums dk, dv;
+
+    DEVICE Consumer(const Block& block, int index) : Base(block, index), dk{}, dv{} {}
+
+    DEVICE int first_row() const {  // of this consumer in the tiles of keys
+        return KEYS * index;
+    }
+    DEVICE int first_dim(int part) const {
+        return 64 * (index + Config::CONSUMERS * part);
+    }
+    // The first query and key of this lane's scores: value 4i + 2r + e of them belongs to query +
+    // 8r and key + 8i + e.
+    DEVICE int32 lane_query(int32 tile) const {
+        return tile * TILE_M + warp_row() + lane_index() / 4;
+    }
+    DEVICE int32 lane_key() const {
+        return block.first_key + first_row() + 2 * (lane_index() % 4);
+    }
+
+    // acc = a b^T: the rows of a tile multiplied with this consumer's of another.
+    template <class ATile, class BTile>
+    DEVICE void multiply_rows(Scores& acc, ATile a, BTile b) const {
+#pragma unroll
+        for (int k = 0; k < Config::HEAD_DIM; k += 16) {
+            wgmma_ss<T, KEYS, false, false>(acc, a.k_major(0, k), b.k_major(first_row(), k), k > 0);
+        }
+        wgmma_commit();
+    }
+
+    // acc += rows^T weights: dims of the rows of a tile (queries), for every key.
+    template <class Tile>
+    DEVICE void add_weighted(Sums& acc, Tile rows, typename Block::DsTile weights) const {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+            for (int k = 0; k < TILE_M; k += 16) {
+                wgmma_ss<T, TILE_N, true, true>(acc[part], rows.mn_major(k, first_dim(part)),
+                                                weights.mn_major(k, 0), true);
+            }
+        }
+        wgmma_commit();
+    }
+
+    // dQ^T = K^T dS^T, this consumer's dims.
+    DEVICE void multiply_dq(DqSums& dq, int stage) const {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+            for (int key = 0; key < TILE_N; key += 16) {
+                wgmma_ss<T, TILE_M, true, false>(dq[part],
+                                                 block.k_tile().mn_major(key, first_dim(part)),
+                                                 block.ds_tile(stage).k_major(0, key), key > 0);
+            }
+        }
+        wgmma_commit();
+    }
+
+    // P and dS from S and dP, in place.
+    DEVICE void differentiate(Scores& s, Scores& dp, const Step& step) const {
+        const int32 key = lane_key(), query = lane_query(step.tile);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint32 terms = block.terms(step.stage());
+            const int row = warp_row() + lane_index() / 4 + 8 * r;
+            const uint32 pair = terms + row / 2 * static_cast<int>(sizeof(typename Block::Terms));
+            const float lse = load_shared<float>(pair + row % 2 * 4);
+            const float dot = load_shared<float>(pair + row % 2 * 4 + 8);
+#pragma unroll
+            for (int j = 0; j < KEYS / 4; ++j) {
+                const int x = j / 2 * 4 + 2 * r + j % 2;
+                float derivative;
+                const float exponent = score.modify_with_slope(
+                    s[x], query + 8 * r, key + j / 2 * 8 + j % 2, derivative);
+                s[x] = exp2_real(exponent * score.factor - lse);
+                dp[x] = s[x] * (dp[x] - dot);
+                if constexpr (Config::SOFTCAP) dp[x] *= derivative;
+            }
+        }
+    }
+
+    // Zeros where a query does not see a key, or one of them does not exist.
+    DEVICE void mask(Scores& p, Scores& ds, const Step& step) const {
+        const int32 start = lane_key();
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const auto keys = score.keys(lane_query(step.tile) + 8 * r);
+            const int32 first = keys.first - start, last = keys.last - start;
+#pragma unroll
+            for (int j = 0; j < KEYS / 4; ++j) {
+                const int key = j / 2 * 8 + j % 2;  // constants, counted from the lane's first
+                if (key < first || key > last) {
+                    p[j / 2 * 4 + 2 * r + j % 2] = 0;
+                    ds[j / 2 * 4 + 2 * r + j % 2] = 0;
+                }
+            }
+        }
+    }
+
+    // Scores to this consumer's columns of a tile of all.
+    DEVICE void store_scores(const Scores& x, typename Block::DsTile tile) const {
+        const int lane = lane_index();
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i += 8) {
+            store_matrix_x4(
+                tile.at(warp_row() + lane % 16, first_row() + 2 * i + lane / 16 * 8),
+                pack<T>(x[i], x[i + 1]), pack<T>(x[i + 2], x[i + 3]), pack<T>(x[i + 4], x[i + 5]),
+                pack<T>(x[i + 6], x[i + 7]));
+        }
+    }
+
+    // Adds dQ to dq_sum, in turns if need be.
+    DEVICE void add_dq(const DqSums& dq, const Step& step) const {
+        const AttentionParams& params = block.params;
+        const HeadIndex head = block.query_head(block.key_head(), step.head);
+        float* const sums = head_data<float>(params.dq_sum, head, head.head) +
+                            step.tile * TILE_M * params.dq_sum.row + Dq::at(thread(), 0);
+        int32* const counter = head_data<int32>(params.dq_turns, head, head.head) +
+                               step.tile * params.dq_turns.row + index;
+        if constexpr (Config::DETERMINISTIC) wait_for_turn(counter, block.turn(step.tile));
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+            for (int i = 0; i < TILE_M / 8; ++i) {
+                add_global<ADD_WIDTH>(
+                    sums + (index + Config::CONSUMERS * part) * Dq::PART + Dq::at(0, i),
+                    &dq[part][4 * i]);
+            }
+        }
+        if constexpr (Config::DETERMINISTIC) {
+            sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
+            if (leads()) pass_turn(counter);
+        }
+    }
+
+    DEVICE void compute(const Step& step) {
+        const int stage = step.stage();
+        const auto q = block.q_tile(stage);
+        const auto do_ = block.do_tile(stage);
+        Scores s, dp;
+        wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
+        wgmma_fence();
+        multiply_rows(s, q, block.k_tile());
+        wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
+        multiply_rows(dp, do_, block.v_tile());
+        wgmma_wait<0>();
+        differentiate(s, dp, step);
+        uint32 found = 0;
+        if (block.is_partial(step.tile)) {
+            mask(s, dp, step);
+            found = this->remove_nonfinite(step);
+        }
+        found = recompute_from(found);  // no second copy of all that follows
+        if constexpr (Config::WEIGHT_STAGES == 1) this->meet_consumers();
+        store_scores(s, block.p_tile(stage));
+        store_scores(dp, block.ds_tile(stage));
+        fence_async_shared();
+        this->meet_consumers();
+
+        DqSums dq;
+        wgmma_fence();
+        add_weighted(dv, do_, block.p_tile(stage));
+        multiply_dq(dq, stage);
+        wgmma_wait<1>();
+        release(Block::DO_EMPTY + stage);
+        add_weighted(dk, q, block.ds_tile(stage));
+        wgmma_wait<1>();
+        add_dq(dq, step);
+        wgmma_wait<0>();
+        release(Block::Q_EMPTY + stage);
+        if (Config::BAND && found) spread_nonfinite(step);
+    }
+
+    // Sets to NaN what sees a non-finite value of Q, dO and K.
+    DEVICE void spread_nonfinite(const Step& step) {
+        const AttentionParams& params = block.params;
+        const HeadIndex head = block.query_head(block.key_head(), step.head);
+        const int32 first = step.tile * TILE_M;
+#pragma unroll 1
+        for (int32 query = first; query < min(first + TILE_M, params.seqlen_q); ++query) {
+            spread_nonfinite_row(dk, query, params.head_dim,
+                                 head_data<const uint16>(params.q, head, head.head) +
+                                     query * params.q.row);
+            spread_nonfinite_row(dv, query, params.head_dim_v,
+                                 head_data<const uint16>(params.do_, head, head.head) +
+                                     query * params.do_.row);
+        }
+        this->spread_nonfinite_keys(step);
+        this->restore_keys();
+    }
+    DEVICE void spread_nonfinite_row(Sums& acc, int32 query, int32 cols, const uint16* row) const {
+        const auto seen = score.keys(query);
+        const int32 key = block.first_key + 2 * (lane_index() % 4);
+#pragma unroll
+        for (int i = 0; i < PARTS * 2; ++i) {
+            const int part = i / 2, r = i % 2;
+            const int dim = first_dim(part) + warp_row() + lane_index() / 4 + 8 * r;
+            if (dim >= cols || !is_nonfinite<T>(row[dim])) continue;
+#pragma unroll
+            for (int j = 0; j < TILE_N / 4; ++j) {
+                const int32 at = key + j / 2 * 8 + j % 2;
+                if (at >= seen.first && at <= seen.last) {
+                    acc[part][j / 2 * 4 + 2 * r + j % 2] = infinity<float>() * 0;
+                }
+            }
+        }
+    }
+
+    // This consumer's columns of dk or dv, by way of `tile`, which no one reads any more.
+    template <class Tile>
+    DEVICE void store(const Sums& acc, float scale, Tile tile, const TensorMap& map) const {
+        const int lane = lane_index();
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            const uint32 row = tile.at(lane / 16 * 8 + lane % 8,
+                                       first_dim(part) + warp_row() + lane / 8 % 2 * 8);
+#pragma unroll
+            for (int i = 0; i < TILE_N / 2; i += 8) {
+                const float(&x)[TILE_N / 2] = acc[part];
+                store_matrix_transposed_x4(row + 2 * i * tile.ROW_BYTES,
+                                           pack<T>(x[i] * scale, x[i + 1] * scale),
+                                           pack<T>(x[i + 2] * scale, x[i + 3] * scale),
+                                           pack<T>(x[i + 4] * scale, x[i + 5] * scale),
+                                           pack<T>(x[i + 6] * scale, x[i + 7] * scale));
+            }
+        }
+        fence_async_shared();
+        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
+        if (leads()) {
+            const HeadIndex head = block.key_head();
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                store_box(&map, box_place(head, head.head, block.first_key, first_dim(part)),
+                          tile.at(0, first_dim(part)));
+            }
+            commit_bulk();
+        }
+    }
+
+    DEVICE void run() {
+        const TileRange tiles = block.query_tiles();
+        if (tiles.begin < tiles.end) wait_for(block.barrier(Block::KV_FULL), 0);
+        block.for_each_step([&](const Step& step) {
+            if (step.tile == tiles.begin) this->enter_head(step);
+            compute(step);
+        });
+        this->meet_consumers();  // all have read K and V
+        const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
+        store(dv, 1, block.v_tile(), block.maps.dv);
+        store(dk, scale, block.k_tile(), block.maps.dk);
+        if (leads()) wait_bulk_read<0>();
+    }
+};
+
+// One block for every tile of keys of every key head; the tiles of a head are neighbours, so that
+// its queries stay in L2.
+extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
+    hopper_backward_wide(const __grid_constant__ AttentionParams params,
+                         const __grid_constant__ BackwardMaps maps) {
+    const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
+    const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
+    if (threadIdx.x == 0) block.init_barriers();
+    __syncthreads();
+    const int warpgroup = threadIdx.x / WARPGROUP;
+    if (warpgroup == 0) {
+        shrink_registers<PRODUCER_REGISTERS>();
+        block.serve();
+    } else {
+        grow_registers<CONSUMER_REGISTERS>();
+        Consumer<Config>(block, warpgroup - 1).run();
+    }
+}

@@ -1,0 +1,625 @@
+// Forward attention on wgmma and TMA (sm_90a): blocks that stay on their multiprocessor compute one
+// item after another, TILE_M rows of o of one head:
+//
+//   for each tile of keys, from the right end of what the rows see to the left (a step):
+//       S = Q K^T                   (TILE_M x TILE_N, in registers)
+//       S = modify(S), -inf where masked
+//       P = 2^(S - top)             online softmax: `top` is a row's maximum so far
+//       O = rescale * O + P V       (TILE_M x HEAD_DIM_V, in registers)
+//   O = O / sum, lse = log(sum of exponentials)
+//
+// Warpgroup 0 feeds the others, the consumers, each of which owns 64 rows. In step j a consumer
+// issues S(j) and, behind it, the product of P(j+1) and V(j+1), tile j + 1 being the one before:
+// the tensor cores compute the latter while the consumer turns S(j) into P(j).
+//
+//   warp 0     producer    Q ========= q_full =======> | consumers, a step:
+//              (TMA)         <======== q_empty ======= |   wait K(j); issue S(j)
+//                          K, V ==== k_full, v_full => |   wait V(j+1); issue O += P(j+1) V(j+1)
+//                          STAGES of each              |   wait S(j), release K(j)
+//                            <=== k_empty, v_empty === |   mask, top, P(j)
+//   warps 1-3  inspectors  partial tiles = inspected > |   wait O, release V(j+1)
+//              (BAND only)   <======== v_empty ======= |   P(j) to 16 bits; O *= rescale
+//                                                      |
+//                          o, by TMA <================ | after the last step
+//
+// All of these are mbarriers, one for each stage or one for Q. Named barriers let the consumers
+// take turns (PINGPONG): only one of them issues products at a time, so that its softmax runs while
+// the others multiply. The producer fetches the next item's Q, K and V as soon as their places are
+// free: K and V during the present item, Q after its last S, or, where O goes out by way of Q's
+// place (O_OVER_Q), after that.
+//
+// The inspectors look for non-finite values of V, see nonfinite.cuh, in tiles of which some row
+// does not see some key, and set them to zero. Where they found any, the consumers read these tiles
+// once more, from global memory, when the item is done. Missing keys need no inspection: TMA fills
+// up with zeros.
+#include "types.cuh"
+#include "ptx.cuh"
+#include "params.cuh"
+#include "mbarrier.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+#include "warpgroup.cuh"
+#include "hopper_tile.cuh"
+#include "hopper_maps.cuh"
+#include "hopper_items.cuh"
+#include "mma.cuh"
+#include "score.cuh"
+#include "softmax.cuh"
+#include "nonfinite.cuh"
+
+// One row of the table in flash_cupy/cuda/hopper.py.
+struct Config {
+    using Element = PLAN_ELEMENT;
+    static constexpr int CONSUMERS = PLAN_WARPS / 4 - 1;  // warpgroups
+    static constexpr int TILE_M = PLAN_TILE_M;            // rows of q of an item
+    static constexpr int TILE_N = PLAN_TILE_N;            // keys of a step
+    static constexpr int HEAD_DIM = PLAN_HEAD_DIM;        // of q and k, filled up with zeros
+    static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;    // of v and o
+    static constexpr int STAGES = PLAN_STAGES;            // of K and of V
+    static constexpr bool PINGPONG = PLAN_PINGPONG;       // consumers take turns
+    static constexpr bool OVERLAP = PLAN_OVERLAP;         // exponentials before the wait for O
+    static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
+    static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
+    static constexpr int CONSUMER_REGISTERS = PLAN_CONSUMER_REGISTERS;
+    static constexpr int L2_BYTES = PLAN_L2_BYTES;  // of K and V that blocks read at a time
+    static constexpr bool DYNAMIC = PLAN_DYNAMIC;   // items go to whichever block is free
+    static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
+    static constexpr bool BAND = PLAN_BAND;
+    static constexpr bool SOFTCAP = PLAN_SOFTCAP;
+    static constexpr bool ALIBI = PLAN_ALIBI;
+
+    static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
+    static constexpr int INSPECTORS = BAND ? 3 : 0;  // warps
+};
+
+// A block's shared memory: q, STAGES of k, STAGES of v, o unless it takes q's place; mbarriers;
+// what the inspectors found.
+template <class Config>
+struct SharedMemory {
+    using T = typename Config::Element;
+    static constexpr int STAGES = Config::STAGES;
+    using QTile = SwizzledTile<T, Config::TILE_M, Config::HEAD_DIM>;
+    using KTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM>;
+    using VTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM_V>;
+    using OTile = SwizzledTile<T, Config::TILE_M, Config::HEAD_DIM_V>;
+
+    static constexpr int Q_BYTES =
+        Config::O_OVER_Q && OTile::BYTES > QTile::BYTES ? OTile::BYTES : QTile::BYTES;
+    static constexpr int K_OFFSET = Q_BYTES;
+    static constexpr int V_OFFSET = K_OFFSET + STAGES * KTile::BYTES;
+    static constexpr int O_OFFSET = Config::O_OVER_Q ? 0 : V_OFFSET + STAGES * VTile::BYTES;
+    static constexpr int BARRIERS_OFFSET =
+        V_OFFSET + STAGES * VTile::BYTES + (Config::O_OVER_Q ? 0 : OTile::BYTES);
+    static constexpr int BARRIERS = 2 + 2 * ITEM_STAGES + 5 * STAGES;
+    static constexpr int ITEMS_OFFSET = BARRIERS_OFFSET + ceil_div(BARRIERS, 2) * CHUNK_BYTES;
+    static constexpr int ITEM_BYTES = sizeof(ItemWords);
+    static constexpr int FOUND_OFFSET = ITEMS_OFFSET + ITEM_STAGES * ITEM_BYTES;
+    static constexpr int BYTES = FOUND_OFFSET + (STAGES + 1) * CHUNK_BYTES;
+    static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
+
+    const uint32 base;
+
+    DEVICE SharedMemory() : base(swizzle_aligned(shared_address(dynamic_shared_memory()))) {}
+
+    DEVICE QTile q() const {
+        return {base};
+    }
+    DEVICE KTile k(int stage) const {
+        return {base + K_OFFSET + stage * KTile::BYTES};
+    }
+    DEVICE VTile v(int stage) const {
+        return {base + V_OFFSET + stage * VTile::BYTES};
+    }
+    DEVICE OTile o() const {
+        return {base + O_OFFSET};
+    }
+
+    DEVICE uint32 q_full() const {
+        return barrier(0);
+    }
+    DEVICE uint32 q_empty() const {
+        return barrier(1);
+    }
+    DEVICE uint32 item_full(int stage) const {
+        return barrier(2 + stage);
+    }
+    DEVICE uint32 item_empty(int stage) const {
+        return barrier(2 + ITEM_STAGES + stage);
+    }
+    DEVICE uint32 k_full(int stage) const {
+        return tile_barrier(0, stage);
+    }
+    DEVICE uint32 k_empty(int stage) const {
+        return tile_barrier(1, stage);
+    }
+    DEVICE uint32 v_full(int stage) const {
+        return tile_barrier(2, stage);
+    }
+    DEVICE uint32 v_empty(int stage) const {
+        return tile_barrier(3, stage);
+    }
+    DEVICE uint32 inspected(int stage) const {
+        return tile_barrier(4, stage);
+    }
+    DEVICE uint32 item(int stage) const {
+        return base + ITEMS_OFFSET + stage * ITEM_BYTES;
+    }
+    // A word: whether an inspector found a non-finite value in the tile of v, if it is partial.
+    DEVICE uint32 found(int stage, int inspector) const {
+        return base + FOUND_OFFSET + stage * CHUNK_BYTES + inspector * 4;
+    }
+    // A word: whether one of them did in a tile of a consumer's item.
+    DEVICE uint32 found_in_item(int consumer) const {
+        return base + FOUND_OFFSET + STAGES * CHUNK_BYTES + consumer * 4;
+    }
+
+    DEVICE void init_barriers() const {
+        init_barrier(q_full(), 1);
+        init_barrier(q_empty(), Config::CONSUMERS);
+#pragma unroll
+        for (int stage = 0; stage < ITEM_STAGES; ++stage) {
+            init_barrier(item_full(stage), 1);
+            init_barrier(item_empty(stage), 4 * Config::CONSUMERS + Config::INSPECTORS);
+        }
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+            init_barrier(k_full(stage), 1);
+            init_barrier(k_empty(stage), Config::CONSUMERS);
+            init_barrier(v_full(stage), 1);
+            init_barrier(v_empty(stage), Config::CONSUMERS + Config::INSPECTORS);
+            if constexpr (Config::BAND) init_barrier(inspected(stage), Config::INSPECTORS);
+        }
+        fence_barrier_init();
+    }
+
+private:
+    DEVICE uint32 barrier(int index) const {
+        return base + BARRIERS_OFFSET + index * BARRIER_BYTES;
+    }
+    DEVICE uint32 tile_barrier(int kind, int stage) const {
+        return barrier(2 + 2 * ITEM_STAGES + kind * STAGES + stage);
+    }
+};
+
+// The boxes of a tile, all of which count at one barrier.
+template <class Tile>
+DEVICE void load_tile(Tile tile, const TensorMap* map, const HeadIndex& index, int32 head,
+                      int32 row, uint32 barrier) {
+    arrive_expecting(barrier, Tile::BYTES);
+#pragma unroll
+    for (int i = 0; i < Tile::BOXES; ++i) {
+        load_box(tile.box(i), map, box_place(index, head, row, i * Tile::BOX_COLS), barrier);
+    }
+}
+
+// Warp 0 of warpgroup 0, one thread.
+template <class Config>
+DEVICE void produce(const AttentionParams& params, const ForwardMaps& maps) {
+    const SharedMemory<Config> shared;
+    Ring<Config::STAGES> ring;
+    Ring<1> q_ring;
+    hand_out_items<Config>(params, shared, [&](const Item<Config>& item) {
+        const HeadIndex index = item.index();
+        const int32 kv_head = index.head / params.group;
+        for_each_tile(item, [&](int32 tile) {
+            const int stage = ring.stage;
+            wait_for(shared.k_empty(stage), ring.parity ^ 1);
+            load_tile(shared.k(stage), &maps.k, index, kv_head, tile * Config::TILE_N,
+                      shared.k_full(stage));
+            wait_for(shared.v_empty(stage), ring.parity ^ 1);
+            load_tile(shared.v(stage), &maps.v, index, kv_head, tile * Config::TILE_N,
+                      shared.v_full(stage));
+            ring.advance();
+            // After the first keys: Q's place may be free later than theirs.
+            if (tile == item.tiles.end - 1) {
+                wait_for(shared.q_empty(), q_ring.parity ^ 1);
+                load_tile(shared.q(), &maps.q, index, index.head, item.first_row,
+                          shared.q_full());
+                q_ring.advance();
+            }
+        });
+    });
+}
+
+// Whether the inspectors' share of a tile that is this warp's has a non-finite value; all of them
+// are zero afterwards.
+template <class Config, class Tile>
+DEVICE bool remove_nonfinite(Tile tile, int inspector) {
+    using T = typename Config::Element;
+    constexpr int STEP = Config::INSPECTORS * WARP * CHUNK_BYTES;
+    const uint32 first = tile.address + (inspector * WARP + lane_index()) * CHUNK_BYTES;
+    bool found = false;
+#pragma unroll 8
+    for (uint32 chunk = first; chunk < tile.address + Tile::BYTES; chunk += STEP) {
+        found |= has_nonfinite<T>(load_shared<Chunk>(chunk));
+    }
+    if (!__any_sync(0xffffffff, found)) return false;
+#pragma unroll 1
+    for (uint32 chunk = first; chunk < tile.address + Tile::BYTES; chunk += STEP) {
+        for (uint32 address = chunk; address < chunk + CHUNK_BYTES; address += sizeof(T)) {
+            if (nonfinite_at<T>(address)) store_shared(address, uint16(0));
+        }
+    }
+    fence_async_shared();
+    return true;
+}
+
+// Warps 1 to 3 of warpgroup 0. They follow the ring of V through all tiles: their share in v_empty
+// keeps it from getting ahead of them.
+template <class Config>
+DEVICE void inspect(const AttentionParams& params) {
+    const SharedMemory<Config> shared;
+    const int inspector = threadIdx.x / WARP - 1;
+    Ring<Config::STAGES> ring;
+    follow_items<Config>(params, shared, [&](const Item<Config>& item) {
+        for_each_tile(item, [&](int32 tile) {
+            wait_for(shared.v_full(ring.stage), ring.parity);
+            uint32 found = 0;
+            if (!item.tiles.is_full(tile)) {
+                found = remove_nonfinite<Config>(shared.v(ring.stage), inspector);
+            }
+            __syncwarp();
+            if (lane_index() == 0) {
+                store_shared(shared.found(ring.stage, inspector), found);
+                arrive_at(shared.inspected(ring.stage));
+                arrive_at(shared.v_empty(ring.stage));
+            }
+            ring.advance();
+        });
+    });
+}
+
+// Accumulators in the order in which wgmma takes them.
+template <int N>
+DEVICE float (&registers(Accumulator<float> (&blocks)[N]))[8 * N] {
+    return reinterpret_cast<float(&)[8 * N]>(blocks);
+}
+
+// One of the warpgroups from 1 on.
+template <class Config>
+struct Consumer {
+    using T = typename Config::Element;
+    using Shared = SharedMemory<Config>;
+    static constexpr int KEY_BLOCKS = Config::TILE_N / 16;
+    static constexpr int DIM_BLOCKS_V = Config::HEAD_DIM_V / 16;
+    static constexpr int ROWS = 64;
+    using Scores = Accumulator<float>[1][KEY_BLOCKS];
+
+    // Named barriers.
+    static constexpr int TURN = 1;                          // and following, one for each consumer
+    static constexpr int ALONE = TURN + Config::CONSUMERS;  // also
+
+    const AttentionParams& params;
+    const ForwardMaps& maps;
+    const Shared shared;
+    const int group;    // of the consumers; shuffled, so that the compiler knows it for uniform
+    const int32 row;    // first of the warp, within the item
+    const bool leader;  // the one thread of the warpgroup that signals and starts copies
+
+    Ring<Config::STAGES> k_ring, v_ring;
+    Ring<1> q_ring;
+
+    // Of an item.
+    Accumulator<float> o[1][DIM_BLOCKS_V];
+    uint32 p[KEY_BLOCKS][4];  // of the latest step
+    OnlineSoftmax<float, 1> softmax;
+    uint32 nonfinite;  // whether the inspectors found anything, known to the leader
+
+    DEVICE Consumer(const AttentionParams& params, const ForwardMaps& maps)
+        : params(params),
+          maps(maps),
+          group(__shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0) - 1),
+          row((threadIdx.x - WARPGROUP) / WARP * 16),
+          leader(threadIdx.x % WARPGROUP == 0) {}
+
+    DEVICE void release(uint32 barrier) const {
+        if (leader) arrive_at(barrier);
+    }
+
+    // The consumers' turns at issuing products.
+    DEVICE void take_turn() const {
+        if constexpr (Config::PINGPONG) sync_named(TURN + group, 2 * WARPGROUP);
+    }
+    DEVICE void pass_turn() const {
+        if constexpr (Config::PINGPONG) {
+            arrive_named(TURN + (group + 1) % Config::CONSUMERS, 2 * WARPGROUP);
+        }
+    }
+
+    // S = Q K^T
+    DEVICE void multiply_q_k(Scores& s) const {
+        const auto q = shared.q();
+        const auto k = shared.k(k_ring.stage);
+#pragma unroll
+        for (int d = 0; d < Config::HEAD_DIM; d += 16) {
+            wgmma_ss<T, Config::TILE_N, false, false>(
+                registers(s[0]), q.k_major(group * ROWS, d), k.k_major(0, d), d > 0);
+        }
+        wgmma_commit();
+    }
+
+    // O += P V
+    DEVICE void multiply_p_v() {
+        const auto v = shared.v(v_ring.stage);
+#pragma unroll
+        for (int n = 0; n < KEY_BLOCKS; ++n) {
+            wgmma_rs<T, Config::HEAD_DIM_V, true>(registers(o[0]), p[n], v.mn_major(16 * n, 0),
+                                                  true);
+        }
+        wgmma_commit();
+    }
+
+    DEVICE void wait_for_v(const Item<Config>& item, int32 tile) {
+        wait_for(shared.v_full(v_ring.stage), v_ring.parity);
+        if constexpr (Config::BAND) {
+            if (!item.tiles.is_full(tile)) {
+                wait_for(shared.inspected(v_ring.stage), v_ring.parity);
+                // The leader's release lets the inspectors write these words again, so no other
+                // thread reads them.
+#pragma unroll
+                for (int i = 0; i < Config::INSPECTORS; ++i) {
+                    if (leader) nonfinite |= load_shared<uint32>(shared.found(v_ring.stage, i));
+                }
+            }
+        }
+    }
+
+    // Softcap and ALiBi.
+    DEVICE void modify(Scores& s, const Item<Config>& item, int32 tile) const {
+#pragma unroll
+        for (int i = 0; i < 8 * KEY_BLOCKS; ++i) {
+            const int n = i / 8, h = i / 4 % 2, e = i % 4;
+            float& x = s[0][n].value[h][e];
+            x = item.score.modify(x, item.first_row + row + Accumulator<float>::row(e),
+                                  tile * Config::TILE_N + 16 * n + Accumulator<float>::col(h, e));
+        }
+    }
+
+    // -inf for the keys that a row does not see.
+    DEVICE void mask(Scores& s, const Item<Config>& item, int32 tile) const {
+        // Columns are counted from the lane's first, so that they are constants.
+        const int32 origin = tile * Config::TILE_N + Accumulator<float>::col(0, 0);
+        const int32 first_row = recompute_from(item.first_row);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const auto keys =
+                item.score.keys(first_row + row + Accumulator<float>::row(2 * r));
+            const int32 first = keys.first - origin, last = keys.last - origin;
+#pragma unroll
+            for (int i = 0; i < 4 * KEY_BLOCKS; ++i) {
+                const int col = i / 2 * 8 + i % 2;
+                float& x = s[0][i / 4].value[i / 2 % 2][2 * r + i % 2];
+                if (col < first || col > last) x = -infinity<float>();
+            }
+        }
+    }
+
+    // S to P, still as floats, and `rescale`: what O is to be multiplied by.
+    template <bool PARTIAL>
+    DEVICE void exponentiate(Scores& s, const Item<Config>& item, int32 tile,
+                             float (&rescale)[1][2]) {
+        if constexpr (Score<Config, float>::MODIFIES) modify(s, item, tile);
+        if constexpr (PARTIAL) mask(s, item, tile);
+        softmax.raise_top(s, item.score.factor, rescale);
+#pragma unroll
+        for (int n = 0; n < KEY_BLOCKS; ++n) softmax.exponentiate(s[0][n], 0, item.score.factor);
+    }
+
+    // The rounded P as operands of the next product.
+    DEVICE void keep_p(const Scores& s) {
+#pragma unroll
+        for (int n = 0; n < KEY_BLOCKS; ++n) pack(p[n], s[0][n]);
+    }
+
+    static DEVICE void pack(uint32 (&operand)[4], const Accumulator<float>& block) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            operand[i] =
+                Mma<T>::pack(block.value[i / 2][i % 2 * 2], block.value[i / 2][i % 2 * 2 + 1]);
+        }
+    }
+
+    DEVICE void scale_o(const float (&factor)[1][2]) {
+#pragma unroll
+        for (int i = 0; i < 8 * DIM_BLOCKS_V; ++i) {
+            o[0][i / 8].value[i / 4 % 2][i % 4] *= factor[0][i % 4 / 2];
+        }
+    }
+
+    // The rightmost tile of keys. There is nothing to multiply with V yet.
+    DEVICE void first_step(const Item<Config>& item, int32 tile) {
+        Scores s;
+        wait_for(shared.k_full(k_ring.stage), k_ring.parity);
+        take_turn();
+        wgmma_fence();
+        multiply_q_k(s);
+        pass_turn();
+        wgmma_wait<0>();
+        release(shared.k_empty(k_ring.stage));
+        k_ring.advance();
+        float rescale[1][2];  // of an O that is zero
+        exponentiate<true>(s, item, tile, rescale);
+        keep_p(s);
+    }
+
+    // One tile of keys, while the one to its right meets V.
+    template <bool PARTIAL>
+    DEVICE void step(const Item<Config>& item, int32 tile) {
+        Scores s;
+        wait_for(shared.k_full(k_ring.stage), k_ring.parity);
+        take_turn();
+        wgmma_fence();
+        multiply_q_k(s);
+        wait_for_v(item, tile + 1);
+        multiply_p_v();
+        pass_turn();
+        wgmma_wait<1>();
+        release(shared.k_empty(k_ring.stage));
+        k_ring.advance();
+        float rescale[1][2];
+        exponentiate<PARTIAL>(s, item, tile, rescale);
+        if constexpr (Config::OVERLAP) {
+            compute_before_waits(softmax.sum[0][0] + softmax.sum[0][1]);
+        }
+        wgmma_wait<0>();
+        release(shared.v_empty(v_ring.stage));
+        v_ring.advance();
+        keep_p(s);
+        scale_o(rescale);
+    }
+
+    DEVICE void walk_keys(const Item<Config>& item) {
+        const TileRange tiles = item.tiles;
+        wait_for(shared.q_full(), q_ring.parity);
+        q_ring.advance();
+        int32 tile = tiles.end - 1;
+        first_step(item, tile--);
+        // Tiles masked at their right end, full tiles, tiles masked at their left end. (A product
+        // under an `if` would make the compiler wait for every one of them.)
+        if constexpr (Config::BAND) {
+#pragma unroll 1
+            for (; tile >= max(tiles.full_end, tiles.begin); --tile) step<true>(item, tile);
+        }
+#pragma unroll 1
+        for (; tile >= max(tiles.full_begin, tiles.begin); --tile) step<false>(item, tile);
+        if constexpr (Config::BAND) {
+#pragma unroll 1
+            for (; tile >= tiles.begin; --tile) step<true>(item, tile);
+        }
+        if constexpr (!Config::O_OVER_Q) release(shared.q_empty());
+        wait_for_v(item, tiles.begin);
+        wgmma_fence();
+        multiply_p_v();
+    }
+
+    // The columns of o, of those that this thread has, in which a row sees a non-finite value in a
+    // partial tile of v: a bit for each.
+    DEVICE uint64 nonfinite_columns(const Item<Config>& item, int32 i) const {
+        const HeadIndex index = item.index();
+        const T* const v = head_data<const T>(params.v, index, index.head / params.group);
+        const auto keys = item.score.keys(i);
+        uint64 columns = 0;
+#pragma unroll 1
+        for (int32 key = keys.first; key <= keys.last; ++key) {
+            if (item.tiles.is_full(key / Config::TILE_N)) continue;
+#pragma unroll 1
+            for (int c = 0; c < 4 * DIM_BLOCKS_V; ++c) {
+                const int32 col = c / 2 * 8 + Accumulator<float>::col(0, c % 2);
+                if (col < params.head_dim_v &&
+                    is_nonfinite<T>(v[key * params.v.row + col].bits)) {
+                    columns |= uint64(1) << c;
+                }
+            }
+        }
+        return columns;
+    }
+
+    // Sets to NaN what sees a non-finite value that the inspectors took out.
+    DEVICE void spread_nonfinite_v(const Item<Config>& item) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint64 columns = nonfinite_columns(
+                item, item.first_row + row + Accumulator<float>::row(2 * r));
+#pragma unroll
+            for (int c = 0; c < 4 * DIM_BLOCKS_V; ++c) {
+                if (columns >> c & 1) {
+                    o[0][c / 4].value[c / 2 % 2][2 * r + c % 2] = infinity<float>() * 0;
+                }
+            }
+        }
+    }
+
+    DEVICE void store_lse(const Item<Config>& item, const float (&lse)[1][2]) const {
+        const HeadIndex index = item.index();
+        float* const data = head_data<float>(params.lse, index, index.head);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int32 i = item.first_row + row + Accumulator<float>::row(2 * r);
+            if (lane_index() % 4 == 0 && i < params.seqlen_q) {
+                data[i * params.lse.row] = lse[0][r];
+            }
+        }
+    }
+
+    // O by way of shared memory, where no warp of the group needs any more what was there (Q, or
+    // the item before); TMA leaves out the rows and columns that o does not have.
+    DEVICE void store_o(const Item<Config>& item) {
+        const auto tile = shared.o();
+#pragma unroll
+        for (int n = 0; n < DIM_BLOCKS_V; ++n) {
+            uint32 block[4];
+            pack(block, o[0][n]);
+            const int lane = lane_index();
+            store_matrix_x4(tile.at(row + lane % 16, 16 * n + lane / 16 * 8), block[0], block[1],
+                            block[2], block[3]);
+        }
+        fence_async_shared();
+        sync_named(ALONE + group, WARPGROUP);
+        if (!leader) return;
+        const HeadIndex index = item.index();
+        const int32 first_row = item.first_row + group * ROWS;
+#pragma unroll
+        for (int i = 0; i < Shared::OTile::BOXES; ++i) {
+            store_box(&maps.o, box_place(index, index.head, first_row, i * tile.BOX_COLS),
+                      tile.box(i) + group * ROWS * tile.ROW_BYTES);
+        }
+        commit_bulk();
+        if constexpr (Config::O_OVER_Q) {
+            wait_bulk_read<0>();
+            arrive_at(shared.q_empty());
+        }
+    }
+
+    DEVICE void run() {
+        if (group == Config::CONSUMERS - 1) pass_turn();  // to consumer 0
+        follow_items<Config>(params, shared, [&](const Item<Config>& item) {
+            softmax = {};
+            nonfinite = 0;
+#pragma unroll
+            for (int n = 0; n < DIM_BLOCKS_V; ++n) o[0][n] = {};
+            walk_keys(item);
+            float scale[1][2], lse[1][2];
+            softmax.finish(scale, lse);
+            store_lse(item, lse);
+            wgmma_wait<0>();
+            release(shared.v_empty(v_ring.stage));
+            v_ring.advance();
+            scale_o(scale);
+            if (leader) {
+                store_shared(shared.found_in_item(group), nonfinite);
+                wait_bulk_read<0>();
+            }
+            sync_named(ALONE + group, WARPGROUP);
+            if constexpr (Config::BAND) {
+                if (load_shared<uint32>(shared.found_in_item(group))) spread_nonfinite_v(item);
+            }
+            store_o(item);
+        });
+        if (group == 0) take_turn();  // that the last consumer has passed
+        if (leader) wait_bulk<0>();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
+    hopper_forward(const __grid_constant__ AttentionParams params,
+                   const __grid_constant__ ForwardMaps maps) {
+    if (threadIdx.x == 0) {
+        SharedMemory<Config>().init_barriers();
+        prefetch_map(&maps.q);
+        prefetch_map(&maps.k);
+        prefetch_map(&maps.v);
+        prefetch_map(&maps.o);
+    }
+    __syncthreads();
+
+    if (threadIdx.x < WARPGROUP) {
+        shrink_registers<Config::PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) produce<Config>(params, maps);
+        if constexpr (Config::BAND) {
+            if (threadIdx.x >= WARP) inspect<Config>(params);
+        }
+    } else {
+        grow_registers<Config::CONSUMER_REGISTERS>();
+        Consumer<Config>(params, maps).run();
+    }
+}

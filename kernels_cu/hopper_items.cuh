@@ -1,0 +1,180 @@
+// The work of hopper_forward: items, the order in which blocks that stay take them, and how the
+// producer tells the other roles of its block.
+#pragma once
+#include "types.cuh"
+#include "ptx.cuh"
+#include "params.cuh"
+#include "mbarrier.cuh"
+#include "mma.cuh"
+#include "score.cuh"
+
+// Where a role is in a ring of stages, and the parity of the phase of the stage's barriers.
+template <int STAGES>
+struct Ring {
+    int stage = 0;
+    uint32 parity = 0;
+
+    DEVICE void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// What an item is, as it stands in shared memory.
+struct alignas(CHUNK_BYTES) ItemWords {
+    int32 first_row;  // of q; NO_ITEM at the end
+    int32 head;       // of its batch entry
+    int32 batch[BATCH_AXES];
+    int32 unused[2];
+};
+constexpr int32 NO_ITEM = -1;
+constexpr int ITEM_STAGES = 2;
+
+// TILE_M rows of one head, and the tiles of keys that they see: one at least, so that rows which
+// see nothing, too, have a tile, all of it masked.
+template <class Config>
+struct Item {
+    const AttentionParams& params;
+    const uint32 words;  // address of its ItemWords
+    const int32 first_row;
+    const Score<Config, float> score;
+    TileRange tiles;
+
+    DEVICE Item(const AttentionParams& params, uint32 words)
+        : params(params),
+          words(words),
+          first_row(load_shared<int32>(words)),
+          score(params, index()) {
+        const int32 last_row = min(first_row + Config::TILE_M, params.seqlen_q) - 1;
+        tiles = visible_tiles(score.band, first_row, last_row, Config::TILE_N, params.seqlen_k);
+        tiles.end = max(tiles.end, tiles.begin + 1);
+    }
+
+    DEVICE bool exists() const {
+        return first_row != NO_ITEM;
+    }
+    // Read where it is needed: registers are short.
+    DEVICE HeadIndex index() const {
+        const Chunk first = load_shared<Chunk>(words);
+        const Chunk second = load_shared<Chunk>(words + CHUNK_BYTES);
+        HeadIndex index;
+        index.head = first.words[1];
+        index.batch[0] = first.words[2];
+        index.batch[1] = first.words[3];
+        index.batch[2] = second.words[0];
+        index.batch[3] = second.words[1];
+        return index;
+    }
+};
+
+// Which items a block computes. All items are in an order in which the blocks that run at the same
+// time share keys: sections of heads whose K and V fit in L2_BYTES, and within a section the row
+// tiles of a head one after another, or, where they differ in length, the longest ones of all heads
+// first.
+template <class Config>
+struct Schedule {
+    const AttentionParams& params;
+    const uint32 row_tiles;
+    uint32 heads;          // of all batch entries
+    uint32 section_heads;  // in a section
+    uint32 round = 0;
+
+    DEVICE explicit Schedule(const AttentionParams& params)
+        : params(params), row_tiles(ceil_div(params.seqlen_q, Config::TILE_M)) {
+        constexpr int32 L2_KEYS = Config::L2_BYTES / (2 * (Config::HEAD_DIM + Config::HEAD_DIM_V));
+        heads = params.heads;
+#pragma unroll
+        for (int axis = 0; axis < BATCH_AXES; ++axis) heads *= params.batch[axis];
+        const uint32 fitting_heads = max(L2_KEYS / params.seqlen_k, 1) * params.group;
+        section_heads = min(fitting_heads, heads);
+    }
+
+    // The block's next item in that order; beyond the last one at the end.
+    DEVICE uint32 next() {
+        const uint32 item = round == 0 ? blockIdx.x : later_item();
+        round += 1;
+        return item;
+    }
+
+    DEVICE bool exists(uint32 item) const {
+        return item < row_tiles * heads;
+    }
+
+    DEVICE ItemWords words(uint32 item) const {
+        const uint32 first_head = item / (section_heads * row_tiles) * section_heads;
+        const uint32 rest = item - first_head * row_tiles;
+        uint32 head, row_tile;
+        if constexpr (Config::BAND) {
+            const uint32 wide = min(section_heads, heads - first_head);
+            head = first_head + rest % wide;
+            row_tile = row_tiles - 1 - rest / wide;
+        } else {
+            head = first_head + rest / row_tiles;
+            row_tile = rest % row_tiles;
+        }
+        const HeadIndex index(params, head, params.heads);
+        return {static_cast<int32>(row_tile * Config::TILE_M),
+                index.head,
+                {index.batch[0], index.batch[1], index.batch[2], index.batch[3]},
+                {0, 0}};
+    }
+
+private:
+    // Items of unequal length go to whichever block is free. Of equal ones, every other round goes
+    // backwards: the blocks that have the last items of a round have the first of the next.
+    DEVICE uint32 later_item() const {
+        if constexpr (Config::DYNAMIC) {
+            return gridDim.x + atomicAdd(static_cast<uint32*>(params.tickets.data), 1u);
+        } else {
+            const uint32 place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+            return round * gridDim.x + place;
+        }
+    }
+};
+
+// Calls task(item) for the items of this block, and tells followers about them. By one thread.
+template <class Config, class Shared, class Task>
+DEVICE void hand_out_items(const AttentionParams& params, const Shared& shared, Task task) {
+    Schedule<Config> schedule(params);
+    Ring<ITEM_STAGES> ring;
+#pragma unroll 1
+    for (bool more = true; more; ring.advance()) {
+        const uint32 next = schedule.next();
+        more = schedule.exists(next);
+        wait_for(shared.item_empty(ring.stage), ring.parity ^ 1);
+        const uint32 address = shared.item(ring.stage);
+        const ItemWords words = more ? schedule.words(next) : ItemWords{NO_ITEM};
+        store_shared(address, Chunk{{static_cast<uint32>(words.first_row),
+                                     static_cast<uint32>(words.head),
+                                     static_cast<uint32>(words.batch[0]),
+                                     static_cast<uint32>(words.batch[1])}});
+        store_shared(address + CHUNK_BYTES, Chunk{{static_cast<uint32>(words.batch[2]),
+                                                   static_cast<uint32>(words.batch[3]), 0, 0}});
+        arrive_at(shared.item_full(ring.stage));
+        if (more) task(Item<Config>(params, address));
+    }
+}
+
+// Calls task(item) for the same items. By whole warps; each of them lets go of an item at its end.
+template <class Config, class Shared, class Task>
+DEVICE void follow_items(const AttentionParams& params, const Shared& shared, Task task) {
+    Ring<ITEM_STAGES> ring;
+#pragma unroll 1
+    for (;; ring.advance()) {
+        wait_for(shared.item_full(ring.stage), ring.parity);
+        const Item<Config> item(params, shared.item(ring.stage));
+        if (!item.exists()) break;
+        task(item);
+        __syncwarp();
+        if (lane_index() == 0) arrive_at(shared.item_empty(ring.stage));
+    }
+}
+
+// Calls task(tile) for the item's tiles of keys, from the right to the left.
+template <class Config, class Task>
+DEVICE void for_each_tile(const Item<Config>& item, Task task) {
+#pragma unroll 1
+    for (int32 tile = item.tiles.end - 1; tile >= item.tiles.begin; --tile) task(tile);
+}

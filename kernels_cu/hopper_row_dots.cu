@@ -1,0 +1,50 @@
+// What hopper_backward wants to know of every row of o: D_i and lse_i, as row_dots computes them,
+// of two rows side by side; and zeros in dq_sum and dq_turns.
+#include "types.cuh"
+#include "params.cuh"
+#include "row_dots.cuh"
+
+// One row of the table in flash_cupy/cuda/hopper_backward.py.
+struct Config {
+    using Element = PLAN_ELEMENT;
+    static constexpr int TILE_M = PLAN_TILE_M;  // rows of a block
+    static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;
+    static constexpr int WARPS = PLAN_WARPS;
+    static constexpr int CONSUMERS = PLAN_CONSUMERS;  // of hopper_backward
+    static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;
+
+    static constexpr int THREADS = WARPS * WARP;
+};
+
+using Dots = RowDots<Config>;
+
+DEVICE void clear_dq(const AttentionParams& params, const HeadIndex& index, int32 tile) {
+    Chunk* const chunks = reinterpret_cast<Chunk*>(
+        Dots::row_data<float>(params.dq_sum, index, tile * Config::TILE_M));
+    const int32 count = Config::TILE_M * static_cast<int32>(params.dq_sum.row) / 4;
+#pragma unroll 4
+    for (int32 i = threadIdx.x; i < count; i += Config::THREADS) chunks[i] = Chunk{};
+    if (params.dq_turns.data != nullptr && threadIdx.x < Config::CONSUMERS) {
+        Dots::row_data<int32>(params.dq_turns, index, tile)[threadIdx.x] = 0;
+    }
+}
+
+// One block for every TILE_M rows of every head.
+extern "C" __global__ void __launch_bounds__(Config::THREADS)
+    hopper_row_dots(const __grid_constant__ AttentionParams params) {
+    static_assert(Config::TILE_M % Dots::ROWS == 0, "whole warps compute a row");
+    const uint32 tiles = ceil_div(params.seqlen_q, Config::TILE_M);
+    const HeadIndex index(params, blockIdx.x / tiles, params.heads);
+    const int32 tile = blockIdx.x % tiles;
+    clear_dq(params, index, tile);
+    RowTermsPair<float>* const pairs = reinterpret_cast<RowTermsPair<float>*>(
+        Dots::row_data<float>(params.row_dots, index, tile * Config::TILE_M));
+#pragma unroll 1
+    for (int i = threadIdx.x / Dots::LANES; i < Config::TILE_M; i += Dots::ROWS) {
+        const auto terms = Dots::terms(params, index, tile * Config::TILE_M + i);
+        if (Dots::is_first_lane()) {
+            pairs[i / 2].lse[i % 2] = terms.lse;
+            pairs[i / 2].dot[i % 2] = terms.dot;
+        }
+    }
+}

@@ -1,0 +1,25 @@
+// Blocks that take turns, through counters in global memory: a fixed order of additions.
+//
+// tests/host/turns.cuh implements the same functions in plain C++.
+#pragma once
+#include "types.cuh"
+
+// Until the counter has reached `turn`. What other threads did before pass_turn is visible then,
+// also to bulk additions that this thread starts afterwards.
+DEVICE void wait_for_turn(const int32* counter, int32 turn) {
+    int32 reached;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                     : "=r"(reached)
+                     : "l"(__cvta_generic_to_global(counter))
+                     : "memory");
+    } while (reached < turn);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// The counter's next turn. This thread's bulk additions have been waited for.
+DEVICE void pass_turn(int32* counter) {
+    asm volatile("fence.proxy.async.global;\n"
+                 "red.release.gpu.global.add.s32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
+                 : "memory");
+}

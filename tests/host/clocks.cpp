@@ -1,0 +1,55 @@
+// What the threads of a block know of each other's progress, see clocks.hpp.
+#include "clocks.hpp"
+
+#include "block.hpp"
+
+// From now on each of them knows all that any of them knew, and has done.
+void Block::order_memory(const std::vector<Thread*>& participants) {
+    tick();
+    const auto joint = std::make_shared<Knowledge>(*participants.front()->known);
+    const Knowledge* joined = participants.front()->known.get();
+    for (const Thread* thread : participants) {
+        if (thread->known.get() != joined) joint->join(*thread->known);
+        joined = thread->known.get();
+    }
+    for (Thread* thread : participants) {
+        thread->clock = time_;
+        Knowledge::raise(joint->done, thread->index, time_);
+        if (thread->fenced) Knowledge::raise(joint->fenced, thread->index, thread->fenced);
+    }
+    for (Thread* thread : participants) thread->known = joint;
+    if (static_cast<int>(participants.size()) == count_) all_know_ = time_;
+}
+
+int Block::new_unit(const std::string& name) {
+    unit_names_.push_back(name);
+    return count_ + static_cast<int>(unit_names_.size()) - 1;
+}
+
+Knowledge Block::view(const Thread& thread) const {
+    Knowledge knowledge = *thread.known;
+    Knowledge::raise(knowledge.done, thread.index, thread.clock);
+    Knowledge::raise(knowledge.fenced, thread.index, thread.fenced);
+    return knowledge;
+}
+
+void Block::publish(Thread& thread, Phase& phase) {
+    thread.clock = tick();
+    phase.released.join(*thread.known);
+    Knowledge::raise(phase.released.done, thread.index, thread.clock);
+    Knowledge::raise(phase.released.fenced, thread.index, thread.fenced);
+}
+
+// The thread's knowledge, for itself alone.
+static Knowledge& own_knowledge(Thread& thread) {
+    if (thread.known.use_count() > 1) thread.known = std::make_shared<Knowledge>(*thread.known);
+    return *thread.known;
+}
+
+void Block::learn(Thread& thread, const Knowledge& knowledge) {
+    own_knowledge(thread).join(knowledge);
+}
+
+void Block::learn(Thread& thread, int unit, uint32_t clock) {
+    Knowledge::raise(own_knowledge(thread).done, unit, clock);
+}

@@ -1,0 +1,272 @@
+"""The Hopper family without a GPU: which calls it takes, its plans, its maps, and compilation."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from strategies import BFLOAT16, FLOAT16, FLOAT32
+
+from flash_cupy.cuda import force_family, hopper
+from flash_cupy.cuda.compiler import compile_cubin, kernel_folder
+from flash_cupy.cuda.engine import Call, choose_family, make_launch
+from flash_cupy.cuda.launch import arguments
+from flash_cupy.cuda.params import ATTENTION_PARAMS
+from flash_cupy.cuda.plan import Card, KernelPlan
+from flash_cupy.cuda.tensor_maps import MAP_BYTES, BoxMap
+from flash_cupy.problem import Options, Problem
+
+HOPPER = Card((9, 0), 227 << 10, multiprocessors=132, hopper=True)
+AMPERE = Card((8, 0), 163 << 10, multiprocessors=108)
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "softcap": {"softcap": 20.0},
+    "all": {"window": (40, 5), "softcap": 20.0, "alibi": True},
+}
+HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 256)]
+
+
+class FakeMachine:
+    """A machine that compiles and runs nothing; it counts the maps that it encodes."""
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+        self.encoded: list[BoxMap] = []
+
+    def device(self) -> int:
+        return 0
+
+    def card(self) -> Card:
+        return self._card
+
+    def load(self, kernel: str, plan: KernelPlan) -> str:
+        return kernel
+
+    def encode_map(self, box_map: BoxMap) -> bytes:
+        self.encoded.append(box_map)
+        return bytes([len(self.encoded)]) * MAP_BYTES
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that begins at a multiple of 16 bytes."""
+    memory = np.zeros(int(np.prod(shape)) * dtype.itemsize + 16, np.uint8)
+    first = -memory.ctypes.data % 16
+    return memory[first : memory.size - 16 + first].view(dtype).reshape(shape)
+
+
+def call_of(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, alibi: bool = False, **options: Any
+) -> Call:
+    """A forward call of these arrays."""
+    problem = Problem.of(q, k, v, Options(device="cpu", **options))
+    tensors = {"q": q, "k": k, "v": v}
+    if alibi:
+        tensors["alibi_slopes"] = np.ones(problem.heads, np.float32)
+    tensors["o"] = aligned(problem.o_shape, q.dtype)
+    tensors["lse"] = np.empty(problem.lse_shape, np.float32)
+    return Call(problem, tensors)
+
+
+def simple_call(
+    seqlen: int, head_dim: int, head_dim_v: int, dtype: np.dtype = BFLOAT16, **options: Any
+) -> Call:
+    """One head; q and k share memory, for nothing reads them."""
+    q = aligned((1, seqlen, head_dim), dtype)
+    return call_of(q, q, aligned((1, seqlen, head_dim_v), dtype), **options)
+
+
+def plan_of(call: Call) -> hopper.HopperForwardPlan:
+    return hopper.plan_forward(HOPPER, call.problem, call.tensors)
+
+
+# ---------------------------------------------------------------------------------------------
+# Compilation
+
+#: wgmma that the compiler makes wait for each other, and register counts that it ignores.
+BAD_WARNINGS = re.compile(r"C75(08|10|12|14)")
+
+
+def check_compiles(plan: KernelPlan) -> None:
+    cubin = compile_cubin("hopper_forward", plan, "sm_90a")
+    assert cubin.stack_bytes == 0, plan
+    assert not BAD_WARNINGS.search(cubin.log), f"{plan}: {cubin.log}"
+
+
+# One of each head dim and mask; all of them are in the slow test.
+SOME = [
+    (1000, 64, 64, "causal"),
+    (1000, 96, 96, "full"),
+    (1000, 128, 128, "causal"),
+    (16384, 128, 128, "full"),
+    (1000, 192, 192, "full"),
+    (1000, 256, 256, "softcap"),
+]
+
+
+@pytest.mark.parametrize(("seqlen", "d", "dv", "mask"), SOME)
+def test_compiles_without_spills(seqlen: int, d: int, dv: int, mask: str) -> None:
+    check_compiles(plan_of(simple_call(seqlen, d, dv, **MASKS[mask])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("d", "dv"), HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_every_plan_compiles_without_spills(dtype: np.dtype, d: int, dv: int, mask: str) -> None:
+    plans = {plan_of(simple_call(n, d, dv, dtype, **MASKS[mask])) for n in (1000, 16384)}
+    for plan in plans:
+        check_compiles(plan)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_call_has_a_plan_that_fits(mask: str) -> None:
+    dims = (8, 40, 64, 80, 96, 128, 160, 192, 256)
+    for d, dv, seqlen in itertools.product(dims, dims, (1, 16384)):
+        plan = plan_of(simple_call(seqlen, d, dv, **MASKS[mask]))
+        assert plan.head_dim >= d
+        assert plan.head_dim_v >= dv
+        assert plan.shared_bytes <= HOPPER.shared_bytes
+        assert plan.stages >= 2
+        # The registers that a multiprocessor has.
+        consumers = plan.warps // 4 - 1
+        threads = plan.producer_registers + consumers * plan.consumer_registers
+        assert 128 * threads <= 65536
+
+
+def test_o_has_a_place_of_its_own_where_there_is_room() -> None:
+    assert not plan_of(simple_call(1000, 128, 128)).o_over_q
+    assert plan_of(simple_call(16384, 128, 128)).o_over_q
+    assert plan_of(simple_call(1000, 256, 256)).o_over_q
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"warps": 8}, "8 warps cannot own tile_m=128 rows"),
+        ({"warps": 10}, "10 warps cannot own tile_m=128 rows"),
+        ({"warps": 8, "tile_m": 64}, "pingpong needs two consumers"),
+        ({"tile_n": 40}, "tile_n is 40, not a positive multiple of 16"),
+    ],
+)
+def test_a_plan_validates_itself(changed: dict[str, int], message: str) -> None:
+    plan = plan_of(simple_call(1000, 128, 128))
+    with pytest.raises(ValueError, match=message):
+        replace(plan, **changed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Choice of the family
+
+
+def transposed_call() -> Call:
+    """A call in the layout (batch, seqlen, heads, head_dim)."""
+    q, k = (aligned((2, 70, heads, 64), FLOAT16).swapaxes(1, 2) for heads in (4, 2))
+    return call_of(q, k, k)
+
+
+def unaligned_call() -> Call:
+    q = aligned((1, 70, 72), FLOAT16)[..., 4:68]
+    return call_of(q, aligned((1, 70, 64), FLOAT16), aligned((1, 70, 64), FLOAT16))
+
+
+def backward_running_call() -> Call:
+    q = aligned((1, 70, 64), FLOAT16)
+    return call_of(q[:, ::-1], q, q)
+
+
+def batched_call(swapped: bool) -> Call:
+    q = aligned((2, 3, 5, 1, 20, 64), FLOAT16)
+    k = aligned((2, 5, 3, 1, 20, 64), FLOAT16).swapaxes(1, 2) if swapped else q
+    return call_of(q, k, k)
+
+
+CHOICES = {
+    "plain": (simple_call(100, 64, 64), HOPPER, "hopper"),
+    "one row": (simple_call(1, 128, 128), HOPPER, "hopper"),
+    "every option": (simple_call(100, 128, 64, **MASKS["all"]), HOPPER, "hopper"),
+    "other strides": (transposed_call(), HOPPER, "hopper"),
+    "batch axes that merge": (batched_call(False), HOPPER, "hopper"),
+    "a head dim between those of kernels": (simple_call(100, 72, 104), HOPPER, "hopper"),
+    "another GPU": (simple_call(100, 64, 64), AMPERE, "it takes a GPU of compute capability 9.0"),
+    "float32": (simple_call(9, 64, 64, FLOAT32), HOPPER, "got float32, takes float16 or bfloat16"),
+    "rows of odd lengths": (simple_call(100, 59, 64), HOPPER, "q has a stride of 118 bytes"),
+    "unaligned": (unaligned_call(), HOPPER, "does not begin at a multiple of 16 bytes"),
+    "negative stride": (backward_running_call(), HOPPER, "q has a stride of -128 bytes"),
+    "three batch axes": (batched_call(True), HOPPER, "more than 2 batch axes remain"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choice_of_the_family(name: str) -> None:
+    call, card, expected = CHOICES[name]
+    machine = FakeMachine(card)
+    chosen = "hopper" if expected == "hopper" else "portable"
+    assert choose_family(call, machine) == chosen
+    with force_family("portable"):
+        assert choose_family(call, machine) == "portable"
+    with force_family("hopper"):
+        if chosen == "hopper":
+            assert choose_family(call, machine) == "hopper"
+        else:
+            with pytest.raises(ValueError, match=f"hopper family cannot .*{expected}"):
+                choose_family(call, machine)
+    assert choose_family(call, machine) == chosen
+
+
+def test_force_family_names_the_families() -> None:
+    with pytest.raises(ValueError, match="family: got 'volta', takes one of portable, hopper"):
+        force_family("volta").__enter__()
+
+
+# ---------------------------------------------------------------------------------------------
+# Maps
+
+
+def test_maps_of_a_launch() -> None:
+    q = aligned((2, 300, 4, 72), FLOAT16).swapaxes(1, 2)
+    k = aligned((2, 200, 72), FLOAT16)[:1, None]
+    v = aligned((2, 2, 200, 64), FLOAT16)[:, :1]
+    launch = make_launch("hopper_forward", call_of(q, k, v), FakeMachine(HOPPER))
+    tiles = launch.plan
+    assert dict(launch.maps) == {
+        "q": BoxMap(
+            0, "float16", (72, 300, 4, 2, 1), (4 * 144, 144, 300 * 4 * 144, 16), tiles.tile_m
+        ),
+        "k": BoxMap(0, "float16", (72, 200, 1, 2, 1), (144, 16, 0, 16), tiles.tile_n),
+        "v": BoxMap(0, "float16", (64, 200, 1, 2, 1), (128, 16, 2 * 200 * 128, 16), tiles.tile_n),
+        "o": BoxMap(0, "float16", (64, 300, 4, 2, 1), (128, 300 * 128, 4 * 300 * 128, 16), 64),
+    }
+
+
+def test_maps_are_in_the_order_of_the_struct() -> None:
+    text = (kernel_folder() / "hopper_maps.cuh").read_text()
+    body = re.search(r"struct ForwardMaps \{(.*?)\n\};", text, re.S)[1]
+    plan = plan_of(simple_call(100, 64, 64))
+    assert re.findall(r"^ +TensorMap (\w+);", body, re.M) == list(plan.boxes)
+
+
+def test_arguments_are_encoded_once_for_the_same_addresses() -> None:
+    machine = FakeMachine(HOPPER)
+    call = simple_call(100, 64, 64)
+    launch = make_launch("hopper_forward", call, machine)
+    assert launch.tensors == ("q", "k", "v", "o", "lse")
+    params, maps = arguments(launch, (16, 32, 48, 64, 80), machine)
+    assert params.view(ATTENTION_PARAMS)["v"]["data"] == 48
+    assert maps.tobytes() == b"".join(bytes([i]) * MAP_BYTES for i in (1, 2, 3, 4))
+    assert [box_map.address for box_map in machine.encoded] == [16, 32, 48, 64]
+    assert arguments(launch, (16, 32, 48, 64, 80), machine)[1] is maps
+    arguments(launch, (16, 32, 48, 96, 80), machine)
+    assert len(machine.encoded) == 8
+
+
+def test_a_launch_has_no_more_blocks_than_there_are_multiprocessors() -> None:
+    few, many = (
+        make_launch("hopper_forward", simple_call(n, 64, 64), FakeMachine(HOPPER)).blocks
+        for n in (300, 100_000)
+    )
+    assert (few, many) == (2, 132)

@@ -1,0 +1,107 @@
+"""The Hopper family's forward kernel, executed on the CPU by the simulated device of tests/host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from errors import assert_exact
+from host.device import missing_compiler
+from host.machine import HOPPER, HostMachine
+from strategies import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, LAYOUTS, Case, make_case
+
+import flash_cupy
+from flash_cupy.cuda import force_family
+from flash_cupy.cuda.engine import CudaEngine
+
+Forward = Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def hopper_engine() -> Iterator[CudaEngine]:
+    """The CUDA engine on a simulated GPU of compute capability 9.0."""
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    machine = HostMachine(HOPPER)
+    yield CudaEngine(machine)
+    machine.host.close()
+
+
+@pytest.fixture
+def forward(hopper_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> Forward:
+    """Compute (o, lse) of a case with the family."""
+    monkeypatch.setattr("flash_cupy.engine.tiled", hopper_engine)
+
+    def run(case: Case, layout: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        q, k, v = (x if layout is None else layout(np, x) for x in (case.q, case.k, case.v))
+        with force_family("hopper"):
+            return flash_cupy.attention_forward(q, k, v, device="cpu", **case.options)
+
+    return run
+
+
+# batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v, dtype, options
+CASES: dict[str, tuple[Any, ...]] = {
+    "one row, one key": ((), 1, 1, 1, 1, 64, 64, FLOAT16, {}),
+    "ragged ends": ((), 2, 2, 193, 257, 64, 64, BFLOAT16, {}),
+    "causal, more keys": ((), 1, 1, 193, 300, 64, 64, FLOAT16, {"causal": True}),
+    "rows that see nothing": ((), 2, 2, 420, 67, 64, 64, BFLOAT16, {"causal": True}),
+    "window": ((), 1, 1, 340, 340, 64, 64, FLOAT16, {"window": (30, 10)}),
+    "grouped heads and a batch": ((2,), 4, 2, 140, 270, 128, 128, BFLOAT16, {"causal": True}),
+    "several items a block": ((2,), 8, 2, 260, 150, 128, 128, FLOAT16, {}),
+    "softcap and alibi": (
+        (2,),
+        2,
+        1,
+        65,
+        270,
+        64,
+        64,
+        FLOAT16,
+        {"alibi": True, "softcap": 3.0, "window": (None, 3)},
+    ),
+    "head dims between those of kernels": ((), 1, 1, 130, 300, 88, 72, FLOAT16, {"causal": True}),
+    "other head dim of v": ((), 1, 1, 130, 260, 192, 128, BFLOAT16, {}),
+    "wide heads": ((), 2, 1, 140, 161, 256, 256, BFLOAT16, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_dense_softmax(forward: Forward, name: str) -> None:
+    *shape, dtype, options = CASES[name]
+    case = make_case(*shape, dtype, seed=1, **options)
+    assert_exact(case, forward(case))
+
+
+@pytest.mark.parametrize("seqlen", [127, 128, 129, 191, 192, 193, 256])
+def test_lengths_around_the_tiles(forward: Forward, seqlen: int) -> None:
+    case = make_case((), 1, 1, seqlen, seqlen, 64, 64, FLOAT16, seed=seqlen, causal=True)
+    assert_exact(case, forward(case))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_strided_views(forward: Forward, layout: Any) -> None:
+    case = make_case((2,), 2, 1, 33, 40, 64, 64, FLOAT16, seed=3, causal=True)
+    expected = forward(case)
+    try:
+        got = forward(case, layout)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_nan_reaches_exactly_the_rows_that_see_it(forward: Forward) -> None:
+    case = make_case((), 2, 1, 300, 300, 128, 128, BFLOAT16, seed=4, window=(50, 9))
+    v = case.v.copy()
+    v[0, 140, 3], v[0, 255, 120] = np.nan, np.inf
+    expected = forward(case)[0].astype(FLOAT32)
+    expected[:, 131:191, 3] = np.nan
+    expected[:, 246:, 120] = np.nan
+    got = forward(replace(case, v=v))[0].astype(FLOAT64)
+    # An infinity that nothing hides stays one.
+    got[~np.isfinite(got)] = np.nan
+    np.testing.assert_array_equal(got, expected)
