@@ -20,6 +20,9 @@ from timing import Call
 from transformer import Array
 
 import flash_cupy
+from flash_cupy.cuda import force_family
+
+_HALF = ("float16", "bfloat16")
 
 
 class Inputs(NamedTuple):
@@ -151,6 +154,32 @@ class OursDefault(Ours):
         return super().vjp(x, replace(cell, direction="backward"))
 
 
+class OursPortable(Ours):
+    """The kernels for every GPU, where the library would choose others made for this one."""
+
+    name = "flash_cupy portable"
+
+    def takes(self, cell: Cell) -> bool:
+        """Only 16-bit types: others have no other kernels."""
+        return DTYPES[cell.dtype] in _HALF
+
+    def forward(self, x: Inputs, cell: Cell) -> Array:
+        """Compute o and lse."""
+        with force_family("portable"):
+            return super().forward(x, cell)
+
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Array, Callable[[], tuple[Array, ...]]]:
+        """Compute both passes by them."""
+        with force_family("portable"):
+            o, backprop = super().vjp(x, cell)
+
+        def portable_backprop() -> tuple[Array, ...]:
+            with force_family("portable"):
+                return backprop()
+
+        return o, portable_backprop
+
+
 # ------------------------------------------------------------------------------- dense attention
 
 
@@ -221,8 +250,6 @@ class Dense(Competitor):
 
 
 # ---------------------------------------------------------------------------------------- PyTorch
-
-_HALF = ("float16", "bfloat16")
 
 #: Backends of scaled_dot_product_attention: our name, the dtypes it takes, whether it is dense.
 TORCH_BACKENDS = {
@@ -307,4 +334,6 @@ def competitors(xp: Any) -> list[Competitor]:
     ours: list[Competitor] = [Ours(xp), OursDefault(xp)]
     if xp is np:
         return [*ours, Specification(xp)]
+    if xp.cuda.Device().compute_capability == "90":
+        ours.append(OursPortable(xp))
     return [*ours, *torch_peers(xp), Dense(xp)]

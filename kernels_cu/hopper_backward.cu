@@ -17,8 +17,8 @@
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers 1, 2, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S; issue dP
 //                                                           |   wait S; P
-//   warp 1  inspector    partial tiles == inspected ======> |   wait dP; dS; dS to shared memory
-//           (BAND only)  stages <====== q_empty, do_empty = |   issue dV
+//   warps   inspectors   K, once ======== inspected ======> |   wait dP; dS; dS to shared memory
+//   1 to 3  (BAND only)                                     |   issue dV
 //                                                           |   meet the others: dS is complete
 //   warps   writers,     dQ <============= DQ_FULL ======== |   issue dQ
 //   2, 3    one for each adds it to dq_sum                  |   wait dV, release dO; issue dK
@@ -29,10 +29,11 @@
 // barriers of their own: who writes dS of step i has met the others in step i - 1, after they
 // waited for their dQ of step i - 2, which read the same stage.
 //
-// The inspector looks for non-finite values, see nonfinite.cuh, in tiles of which some query does
-// not see some key. Where it finds any in Q or dO, the consumers take them out after S and dP, and
-// set to NaN what sees them when the step is done; where in K, they compute dQ anew. Missing
-// queries and keys need no inspection: TMA fills up with zeros.
+// Non-finite values, see nonfinite.cuh, matter in tiles of which some query does not see some key.
+// Those of Q and dO show in the row terms, for K there are inspectors. Where there are any in Q or
+// dO, the consumers take them out after S and dP, and set to NaN what sees them when the step is
+// done; where in K, they compute dQ anew. Missing queries and keys need no inspection: TMA fills up
+// with zeros.
 #include "hopper_backward.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
@@ -341,7 +342,7 @@ struct Consumer : BackwardConsumer<Config> {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
-        this->meet_consumers();  // all have read K
+        this->finish_reading(tiles);
         const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
         store(dv, 1, block.v_tile(), block.maps.dv);
         store(dk, scale, block.k_tile(), block.maps.dk);
@@ -359,7 +360,8 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
     if (threadIdx.x == 0) block.init_barriers();
     __syncthreads();
-    const int warpgroup = threadIdx.x / WARPGROUP;
+    // Shuffled, so that the compiler knows it for uniform.
+    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 0) {
         shrink_registers<PRODUCER_REGISTERS>();
         block.serve();

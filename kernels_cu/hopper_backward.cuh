@@ -48,7 +48,7 @@ struct BackwardBlock {
     static constexpr int TERMS_BYTES = Config::TILE_M / 2 * static_cast<int>(sizeof(Terms));
     static constexpr int BARRIERS_OFFSET = TERMS_OFFSET + STAGES * TERMS_BYTES;
 
-    // mbarriers in shared memory; after them the inspector's findings of both stages.
+    // mbarriers in shared memory; after them the inspectors' findings.
     enum Barrier {
         KV_FULL,
         Q_FULL,
@@ -56,7 +56,7 @@ struct BackwardBlock {
         DO_FULL = Q_EMPTY + STAGES,
         DO_EMPTY = DO_FULL + STAGES,
         INSPECTED = DO_EMPTY + STAGES,
-        BARRIERS = INSPECTED + STAGES,
+        BARRIERS,
     };
     // Named barriers; from the second on one for each consumer.
     enum NamedBarrier {
@@ -67,8 +67,9 @@ struct BackwardBlock {
     };
     static constexpr int DQ_THREADS = WARPGROUP + WARP;  // at DQ_FULL and DQ_EMPTY
 
-    // One finding for each stage, and an address.
-    static constexpr int BYTES = BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + STAGES * 4 + 8;
+    static constexpr int INSPECTORS = 3;  // warps
+    // A word for each of them (and one more, for the alignment), and an address.
+    static constexpr int BYTES = BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + 4 * 4 + 8;
     static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
 
     // A tile of queries of a head of the group.
@@ -151,27 +152,26 @@ struct BackwardBlock {
     DEVICE uint32 barrier(int index) const {
         return shared + BARRIERS_OFFSET + index * BARRIER_BYTES;
     }
-    DEVICE uint32 finding(int stage) const {
-        return barrier(BARRIERS) + stage * static_cast<int>(sizeof(uint32));
+    // Whether an inspector has found a non-finite value in K.
+    DEVICE uint32 finding(int inspector) const {
+        return barrier(BARRIERS) + inspector * static_cast<int>(sizeof(uint32));
     }
-
     // Where the producer keeps the address of the group's row_dots: it is short of registers.
     DEVICE uint32 row_dots() const {
-        return finding(STAGES);
+        return barrier(BARRIERS) + CHUNK_BYTES;
     }
 
     // By one thread, before all others start.
     DEVICE void init_barriers() const {
-        constexpr int READERS = CONSUMERS + Config::BAND;  // of Q and dO
         init_barrier(barrier(KV_FULL), 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(barrier(Q_FULL + stage), 1);
-            init_barrier(barrier(Q_EMPTY + stage), READERS);
+            init_barrier(barrier(Q_EMPTY + stage), CONSUMERS);
             init_barrier(barrier(DO_FULL + stage), 1);
-            init_barrier(barrier(DO_EMPTY + stage), READERS);
-            init_barrier(barrier(INSPECTED + stage), 1);
+            init_barrier(barrier(DO_EMPTY + stage), CONSUMERS);
         }
+        init_barrier(barrier(INSPECTED), INSPECTORS);
         fence_barrier_init();
     }
 
@@ -241,41 +241,23 @@ struct BackwardBlock {
         });
     }
 
-    // Whether a warp finds a non-finite value in a tile.
-    template <class Tile>
-    static DEVICE bool finds_nonfinite_value(Tile tile) {
+    // Three warps, once: look through K while the consumers compute their first S and dP.
+    DEVICE void inspect_keys(int inspector) const {
+        const TileRange tiles = query_tiles();
+        if (tiles.begin == tiles.end) return;
+        wait_for(barrier(KV_FULL), 0);
         bool found = false;
+        const int first = inspector * WARP + lane_index();
 #pragma unroll 2
-        for (int i = lane_index() * CHUNK_BYTES; i < Tile::BYTES; i += WARP * CHUNK_BYTES) {
-            found |= has_nonfinite<T>(load_shared<Chunk>(tile.address + i));
+        for (int i = first * CHUNK_BYTES; i < KTile::BYTES; i += INSPECTORS * WARP * CHUNK_BYTES) {
+            found |= has_nonfinite<T>(load_shared<Chunk>(k_tile().address + i));
         }
-        return __any_sync(0xffffffff, found);
-    }
-
-    // One warp: looks through partial tiles.
-    DEVICE void inspect() const {
-        bool keys_inspected = false, keys_nonfinite = false;
-        for_each_step([&](const Step& step) {
-            wait_for(barrier(Q_FULL + step.stage()), step.parity());
-            wait_for(barrier(DO_FULL + step.stage()), step.parity());
-            if (is_partial(step.tile)) {
-                if (!keys_inspected) {
-                    wait_for(barrier(KV_FULL), 0);
-                    keys_nonfinite = finds_nonfinite_value(k_tile());
-                    keys_inspected = true;
-                }
-                const bool found = keys_nonfinite ||
-                                   finds_nonfinite_value(q_tile(step.stage())) ||
-                                   finds_nonfinite_value(do_tile(step.stage()));
-                if (lane_index() == 0) store_shared<uint32>(finding(step.stage()), found);
-            }
-            __syncwarp();
-            if (lane_index() == 0) {
-                arrive_at(barrier(INSPECTED + step.stage()));
-                arrive_at(barrier(Q_EMPTY + step.stage()));
-                arrive_at(barrier(DO_EMPTY + step.stage()));
-            }
-        });
+        found = __any_sync(0xffffffff, found);
+        __syncwarp();
+        if (lane_index() == 0) {
+            store_shared<uint32>(finding(inspector), found);
+            arrive_at(barrier(INSPECTED));
+        }
     }
 
     // One warp for each consumer: adds its dQ to dq_sum.
@@ -322,10 +304,11 @@ struct BackwardBlock {
         const int warp = threadIdx.x / WARP;
         if (warp == 0) {
             if (threadIdx.x == 0) produce();
-        } else if (warp == 1) {
-            if constexpr (Config::BAND) inspect();
-        } else if constexpr (Config::HAS_WRITERS) {
-            write_dq(warp - 2);
+            return;
+        }
+        if constexpr (Config::BAND) inspect_keys(warp - 1);
+        if constexpr (Config::HAS_WRITERS) {
+            if (warp >= 2) write_dq(warp - 2);
         }
     }
 };
@@ -369,6 +352,11 @@ struct BackwardConsumer {
     DEVICE void release(int empty) const {
         if (leads()) arrive_at(block.barrier(empty));
     }
+    // At the end: nobody reads K and V any more.
+    DEVICE void finish_reading(const TileRange& tiles) const {
+        if (Config::BAND && tiles.begin < tiles.end) wait_for(block.barrier(Block::INSPECTED), 0);
+        meet_consumers();
+    }
 
     // At the first step of a head: ALiBi has a slope for each.
     DEVICE void enter_head(const Step& step) {
@@ -377,11 +365,10 @@ struct BackwardConsumer {
         }
     }
 
-    // Whether the inspector found non-finite values, which are then taken out of the tiles.
+    // Whether a partial tile of Q or dO, or K, has non-finite values, which are then taken out.
     DEVICE uint32 remove_nonfinite(const Step& step) const {
         if (!Config::BAND) return 0;
-        wait_for(block.barrier(Block::INSPECTED + step.stage()), step.parity());
-        const uint32 found = load_shared<uint32>(block.finding(step.stage()));
+        const uint32 found = keys_nonfinite() | queries_nonfinite(step);
         if (found) {
             meet_consumers();  // all have S and dP
             remove_nonfinite_values(block.q_tile(step.stage()));
@@ -391,6 +378,33 @@ struct BackwardConsumer {
             meet_consumers();
         }
         return found;
+    }
+
+    DEVICE uint32 keys_nonfinite() const {
+        wait_for(block.barrier(Block::INSPECTED), 0);
+        uint32 found = 0;
+#pragma unroll
+        for (int i = 0; i < Block::INSPECTORS; ++i) {
+            found |= load_shared<uint32>(block.finding(i));
+        }
+        return found;
+    }
+    // A non-finite value in a row of Q makes its lse non-finite, and one in a row of dO its D. Every
+    // warp looks at all rows of the tile, so that all come to the same answer.
+    DEVICE bool queries_nonfinite(const Step& step) const {
+        bool found = false;
+#pragma unroll 1
+        for (int i = lane_index(); i < TILE_M / 2; i += WARP) {
+            const auto terms = load_shared<typename Block::Terms>(
+                block.terms(step.stage()) + i * static_cast<int>(sizeof(typename Block::Terms)));
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const bool exists = step.tile * TILE_M + 2 * i + e < block.params.seqlen_q;
+                found |= exists && (is_nonfinite<float>(bit_cast<uint32>(terms.lse[e])) ||
+                                    is_nonfinite<float>(bit_cast<uint32>(terms.dot[e])));
+            }
+        }
+        return __any_sync(0xffffffff, found);
     }
 
     template <class Tile>

@@ -7,8 +7,8 @@
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S = Q K^T; issue dP = dO V^T
 //                                                           |   wait S, dP; P, dS
-//   warp 1  inspector    partial tiles == inspected ======> |   P, dS to shared memory
-//           (BAND only)  stages <====== q_empty, do_empty = |   meet the others: they are complete
+//   warps   inspectors   K, once ======== inspected ======> |   P, dS to shared memory
+//   1 to 3  (BAND only)                                     |   meet the others: they are complete
 //                                                           |   issue dV^T += dO^T P
 //                                                           |   issue dQ^T = K^T dS^T
 //                                                           |   wait dV, release dO
@@ -312,7 +312,7 @@ struct Consumer : BackwardConsumer<Config> {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
-        this->meet_consumers();  // all have read K and V
+        this->finish_reading(tiles);
         const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
         store(dv, 1, block.v_tile(), block.maps.dv);
         store(dk, scale, block.k_tile(), block.maps.dk);
@@ -329,7 +329,8 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
     if (threadIdx.x == 0) block.init_barriers();
     __syncthreads();
-    const int warpgroup = threadIdx.x / WARPGROUP;
+    // Shuffled, so that the compiler knows it for uniform.
+    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
     if (warpgroup == 0) {
         shrink_registers<PRODUCER_REGISTERS>();
         block.serve();

@@ -57,7 +57,6 @@ struct Config {
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;    // of v and o
     static constexpr int STAGES = PLAN_STAGES;            // of K and of V
     static constexpr bool PINGPONG = PLAN_PINGPONG;       // consumers take turns
-    static constexpr bool OVERLAP = PLAN_OVERLAP;         // exponentials before the wait for O
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
     static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
     static constexpr int CONSUMER_REGISTERS = PLAN_CONSUMER_REGISTERS;
@@ -458,9 +457,6 @@ struct Consumer {
         k_ring.advance();
         float rescale[1][2];
         exponentiate<PARTIAL>(s, item, tile, rescale);
-        if constexpr (Config::OVERLAP) {
-            compute_before_waits(softmax.sum[0][0] + softmax.sum[0][1]);
-        }
         wgmma_wait<0>();
         release(shared.v_empty(v_ring.stage));
         v_ring.advance();

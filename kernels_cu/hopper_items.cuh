@@ -76,19 +76,22 @@ struct Item {
 template <class Config>
 struct Schedule {
     const AttentionParams& params;
-    const uint32 row_tiles;
-    uint32 heads;          // of all batch entries
-    uint32 section_heads;  // in a section
     uint32 round = 0;
 
-    DEVICE explicit Schedule(const AttentionParams& params)
-        : params(params), row_tiles(ceil_div(params.seqlen_q, Config::TILE_M)) {
-        constexpr int32 L2_KEYS = Config::L2_BYTES / (2 * (Config::HEAD_DIM + Config::HEAD_DIM_V));
-        heads = params.heads;
+    // Computed anew for every item: the producer is short of registers.
+    DEVICE uint32 row_tiles() const {
+        return ceil_div(recompute_from(params.seqlen_q), Config::TILE_M);
+    }
+    DEVICE uint32 heads() const {  // of all batch entries
+        uint32 heads = recompute_from(params.heads);
 #pragma unroll
         for (int axis = 0; axis < BATCH_AXES; ++axis) heads *= params.batch[axis];
-        const uint32 fitting_heads = max(L2_KEYS / params.seqlen_k, 1) * params.group;
-        section_heads = min(fitting_heads, heads);
+        return heads;
+    }
+    DEVICE uint32 section_heads() const {
+        constexpr int32 L2_KEYS = Config::L2_BYTES / (2 * (Config::HEAD_DIM + Config::HEAD_DIM_V));
+        const uint32 fitting = max(L2_KEYS / params.seqlen_k, 1) * params.group;
+        return min(fitting, heads());
     }
 
     // The block's next item in that order; beyond the last one at the end.
@@ -99,15 +102,16 @@ struct Schedule {
     }
 
     DEVICE bool exists(uint32 item) const {
-        return item < row_tiles * heads;
+        return item < row_tiles() * heads();
     }
 
     DEVICE ItemWords words(uint32 item) const {
-        const uint32 first_head = item / (section_heads * row_tiles) * section_heads;
+        const uint32 row_tiles = this->row_tiles(), section = section_heads();
+        const uint32 first_head = item / (section * row_tiles) * section;
         const uint32 rest = item - first_head * row_tiles;
         uint32 head, row_tile;
         if constexpr (Config::BAND) {
-            const uint32 wide = min(section_heads, heads - first_head);
+            const uint32 wide = min(section, heads() - first_head);
             head = first_head + rest % wide;
             row_tile = row_tiles - 1 - rest / wide;
         } else {
@@ -137,7 +141,7 @@ private:
 // Calls task(item) for the items of this block, and tells followers about them. By one thread.
 template <class Config, class Shared, class Task>
 DEVICE void hand_out_items(const AttentionParams& params, const Shared& shared, Task task) {
-    Schedule<Config> schedule(params);
+    Schedule<Config> schedule{params};
     Ring<ITEM_STAGES> ring;
 #pragma unroll 1
     for (bool more = true; more; ring.advance()) {

@@ -9,7 +9,7 @@
 // row_dots writes them, adjacent, to params.row_dots.
 template <class Real>
 struct alignas(2 * sizeof(Real)) RowTerms {
-    Real lse;  // in base 2; 0 in a row that sees no key (its pairs are all masked)
+    Real lse;  // in base 2; NaN in a row that sees no key (its pairs are all masked)
     Real dot;  // D_i
 };
 

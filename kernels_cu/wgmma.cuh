@@ -30,14 +30,6 @@ DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Has x (not below 0) and all that it depends on computed before the waits that follow. Left free,
-// the compiler moves a wait up, in front of work that could go on beside the products: a sleep that
-// never happens, but might for all it knows, keeps it in place.
-DEVICE void compute_before_waits(float x) {
-    asm volatile("{ .reg .pred never; setp.lt.f32 never, %0, 0f00000000;\n"
-                 "@never nanosleep.u32 0; }" ::"f"(x));
-}
-
 template <class T, int N>
 struct Wgmma;
 

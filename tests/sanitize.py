@@ -14,12 +14,13 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def calls() -> None:
-    """Forward and both backward passes of each dtype, with ragged ends, masks and grouped heads."""
+    """Forward and both backward passes of each dtype and family; ragged ends, masks, groups."""
     import cupy
     import numpy as np
     from ml_dtypes import bfloat16
 
     import flash_cupy
+    from flash_cupy.cuda import force_family
 
     # Each array is an allocation of its own, so that an access beyond its end shows.
     cupy.cuda.set_allocator(None)
@@ -33,19 +34,26 @@ def calls() -> None:
         (130, 131, 64, 64, {"causal": True}),
         (67, 200, 128, 128, {"window": (50, 20)}),
         (100, 70, 59, 40, {"softcap": 2.0, "causal": True}),
+        (1100, 1100, 128, 128, {"causal": True}),
         (40, 65, 256, 256, {}),
     ]
-    for dtype in (np.float16, bfloat16, np.float32, np.float64):
+    kinds = [(dtype, "portable") for dtype in (np.float16, bfloat16, np.float32, np.float64)]
+    if cupy.cuda.Device().compute_capability == "90":
+        kinds += [(np.float16, "hopper"), (bfloat16, "hopper")]
+    for dtype, family in kinds:
         for seqlen_q, seqlen_k, head_dim, head_dim_v, options in cases:
             q = array(2, seqlen_q, head_dim, dtype=dtype)
             k = array(1, seqlen_k, head_dim, dtype=dtype)
             v = array(1, seqlen_k, head_dim_v, dtype=dtype)
             do = array(2, seqlen_q, head_dim_v, dtype=dtype)
-            o, lse = flash_cupy.attention_forward(q, k, v, **options)
-            for deterministic in (False, True):
-                grads = flash_cupy.attention_backward(
-                    do, q, k, v, o, lse, deterministic=deterministic, **options
-                )
+            if family == "hopper" and (head_dim * 2 % 16 or head_dim_v * 2 % 16):
+                continue
+            with force_family(family):
+                o, lse = flash_cupy.attention_forward(q, k, v, **options)
+                for deterministic in (False, True):
+                    grads = flash_cupy.attention_backward(
+                        do, q, k, v, o, lse, deterministic=deterministic, **options
+                    )
             assert all(np.isfinite(x.get().astype(np.float32)).all() for x in (o, *grads))
     cupy.cuda.Device().synchronize()
 
@@ -55,7 +63,7 @@ def main(tools: list[str]) -> int:
     failures = 0
     for tool in tools or TOOLS:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-        for name in ("attention", "row_dots", "store_dq"):
+        for name in ("attention", "hopper", "row_dots", "store_dq"):
             command += ["--kernel-name", f"kns={name}"]
         result = subprocess.run([*command, sys.executable, __file__, "--calls"])
         print(f"{tool}: {'clean' if result.returncode == 0 else 'REPORTS ERRORS'}")

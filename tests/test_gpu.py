@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from strategies import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, Case, make_c
 import flash_cupy
 import flash_cupy.cuda
 from flash_cupy import gpu as gpu_module
+from flash_cupy.cuda import force_family
 from flash_cupy.gpu import why_no_gpu
 
 pytestmark = pytest.mark.skipif(why_no_gpu() is not None, reason=f"no GPU: {why_no_gpu()}")
@@ -43,9 +45,16 @@ MASKS: dict[str, dict[str, Any]] = {
 STAGED = Engine("staged", np, lambda x: x, lambda x: x, {"device": "gpu"})
 
 
-@pytest.fixture
-def gpu() -> Engine:
-    return gpu_engine()
+@pytest.fixture(params=["default", "portable"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """The kernels that the GPU takes by default, and for 16-bit types those for every GPU."""
+    if request.param == "default":
+        yield gpu_engine()
+        return
+    if request.node.callspec.params.get("dtype") in (FLOAT32, FLOAT64):
+        pytest.skip("the portable kernels are the default of this dtype")
+    with force_family("portable"):
+        yield gpu_engine()
 
 
 def poison_pool() -> None:

@@ -1,4 +1,4 @@
-"""The Hopper family's forward kernel, executed on the CPU by the simulated device of tests/host."""
+"""The Hopper family's kernels, executed on the CPU by the simulated device of tests/host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engines import HOST
 from errors import assert_exact
 from host.device import missing_compiler
 from host.machine import HOPPER, HostMachine
@@ -17,7 +18,7 @@ import flash_cupy
 from flash_cupy.cuda import force_family
 from flash_cupy.cuda.engine import CudaEngine
 
-Forward = Callable[..., tuple[np.ndarray, np.ndarray]]
+Run = Callable[..., tuple[np.ndarray, ...]]
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,26 @@ def hopper_engine() -> Iterator[CudaEngine]:
 
 
 @pytest.fixture
-def forward(hopper_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> Forward:
+def forward(hopper_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Compute (o, lse) of a case with the family."""
     monkeypatch.setattr("flash_cupy.engine.tiled", hopper_engine)
 
-    def run(case: Case, layout: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    def run(case: Case, layout: Any = None) -> tuple[np.ndarray, ...]:
         q, k, v = (x if layout is None else layout(np, x) for x in (case.q, case.k, case.v))
         with force_family("hopper"):
             return flash_cupy.attention_forward(q, k, v, device="cpu", **case.options)
+
+    return run
+
+
+@pytest.fixture
+def both(hopper_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Compute (o, lse, dq, dk, dv) of a case with the family."""
+    monkeypatch.setattr("flash_cupy.engine.tiled", hopper_engine)
+
+    def run(case: Case, deterministic: bool = False) -> tuple[np.ndarray, ...]:
+        with force_family("hopper"):
+            return HOST.run(case, deterministic=deterministic)
 
     return run
 
@@ -70,20 +83,20 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_dense_softmax(forward: Forward, name: str) -> None:
+def test_equals_dense_softmax(forward: Run, name: str) -> None:
     *shape, dtype, options = CASES[name]
     case = make_case(*shape, dtype, seed=1, **options)
     assert_exact(case, forward(case))
 
 
 @pytest.mark.parametrize("seqlen", [127, 128, 129, 191, 192, 193, 256])
-def test_lengths_around_the_tiles(forward: Forward, seqlen: int) -> None:
+def test_lengths_around_the_tiles(forward: Run, seqlen: int) -> None:
     case = make_case((), 1, 1, seqlen, seqlen, 64, 64, FLOAT16, seed=seqlen, causal=True)
     assert_exact(case, forward(case))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_strided_views(forward: Forward, layout: Any) -> None:
+def test_strided_views(forward: Run, layout: Any) -> None:
     case = make_case((2,), 2, 1, 33, 40, 64, 64, FLOAT16, seed=3, causal=True)
     expected = forward(case)
     try:
@@ -94,7 +107,7 @@ def test_strided_views(forward: Forward, layout: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def test_nan_reaches_exactly_the_rows_that_see_it(forward: Forward) -> None:
+def test_nan_reaches_exactly_the_rows_that_see_it(forward: Run) -> None:
     case = make_case((), 2, 1, 300, 300, 128, 128, BFLOAT16, seed=4, window=(50, 9))
     v = case.v.copy()
     v[0, 140, 3], v[0, 255, 120] = np.nan, np.inf
@@ -105,3 +118,59 @@ def test_nan_reaches_exactly_the_rows_that_see_it(forward: Forward) -> None:
     # An infinity that nothing hides stays one.
     got[~np.isfinite(got)] = np.nan
     np.testing.assert_array_equal(got, expected)
+
+
+# As above; backward, too, and whether in a fixed order.
+BACKWARD_CASES: dict[str, tuple[Any, ...]] = {
+    "one row, one key": ((), 1, 1, 1, 1, 64, 64, FLOAT16, {}, False),
+    "ragged ends": ((), 2, 2, 193, 257, 64, 64, BFLOAT16, {}, True),
+    "causal, more keys": ((), 1, 1, 193, 300, 128, 128, FLOAT16, {"causal": True}, False),
+    "rows that see nothing": ((), 2, 2, 300, 67, 64, 64, BFLOAT16, {"causal": True}, True),
+    "window": ((), 1, 1, 270, 270, 128, 128, FLOAT16, {"window": (30, 10)}, False),
+    "grouped heads and a batch": ((2,), 4, 2, 140, 170, 64, 64, BFLOAT16, {"causal": True}, True),
+    "softcap and alibi": (
+        (2,),
+        2,
+        1,
+        65,
+        170,
+        128,
+        128,
+        FLOAT16,
+        {"alibi": True, "softcap": 3.0, "window": (None, 3)},
+        False,
+    ),
+    "head dims between those of kernels": ((), 1, 1, 130, 140, 88, 72, FLOAT16, {}, False),
+    "other head dim of v": ((), 1, 1, 130, 100, 192, 128, BFLOAT16, {"causal": True}, True),
+    "wide heads": ((), 2, 1, 70, 161, 256, 256, BFLOAT16, {"causal": True}, False),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD_CASES)
+def test_gradients_equal_those_of_dense_softmax(both: Run, name: str) -> None:
+    *shape, dtype, options, deterministic = BACKWARD_CASES[name]
+    case = make_case(*shape, dtype, seed=2, **options)
+    results = both(case, deterministic)
+    assert_exact(case, results)
+    if deterministic:  # the threads run in another order
+        for x, y in zip(results, both(case, deterministic), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("name", ["q", "k", "do"])
+def test_nan_reaches_the_gradients_of_what_sees_it(both: Run, name: str, head_dim: int) -> None:
+    """Row 70 of an input; what has nothing to do with it is as without."""
+    case = make_case((), 1, 1, 200, 200, head_dim, head_dim, FLOAT16, seed=5, causal=True)
+    clean = both(case, True)
+    spoilt = getattr(case, name).copy()
+    spoilt[0, 70, 3] = np.inf if name == "do" else np.nan
+    _, _, dq, dk, dv = both(replace(case, **{name: spoilt}), True)
+    np.testing.assert_array_equal(dq[0, :70], clean[2][0, :70])
+    if name == "k":  # all queries from there on see it, and with them all keys are spoilt
+        assert np.isnan(dq[0, 70:]).all()
+        return
+    np.testing.assert_array_equal(dq[0, 71:], clean[2][0, 71:])
+    np.testing.assert_array_equal(dk[0, 71:], clean[3][0, 71:])
+    np.testing.assert_array_equal(dv[0, 71:], clean[4][0, 71:])
+    assert not np.isfinite((dk if name == "q" else dv)[0, :71, 3]).any()

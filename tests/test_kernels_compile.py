@@ -32,9 +32,9 @@ MAX_REGISTERS = 255
 
 # Kernels that use local memory, in bytes a thread: (kernel, element, head dim, mask, arch).
 LOCAL_MEMORY: dict[tuple[str, str, int, str, str], int] = {
-    ("attention_forward", "float", 128, "full", "sm_90a"): 24,
-    ("attention_forward", "float", 128, "causal", "sm_90a"): 16,
-    ("attention_forward", "float", 128, "all", "sm_90a"): 24,
+    ("attention_forward", "float", 128, "full", "sm_90a"): 32,
+    ("attention_forward", "float", 128, "causal", "sm_90a"): 32,
+    ("attention_forward", "float", 128, "all", "sm_90a"): 40,
 }
 
 # One of each kernel, element type, mask and architecture; all of them are in the slow test.

@@ -119,8 +119,6 @@ class HopperForwardPlan(HopperPlan):
     ----------
     pingpong
         Whether consumers take turns at issuing products.
-    overlap
-        Whether all exponentials of a step come before its wait for O; else the compiler chooses.
     o_over_q
         Whether o leaves by way of q's place in shared memory, or by a place of its own.
     producer_registers, consumer_registers
@@ -134,7 +132,6 @@ class HopperForwardPlan(HopperPlan):
     persistent: ClassVar[bool] = True
 
     pingpong: bool
-    overlap: bool
     o_over_q: bool
     producer_registers: int
     consumer_registers: int
@@ -182,7 +179,6 @@ class ForwardTiles(NamedTuple):
     consumers: int
     stages: int = 2
     pingpong: bool = True
-    overlap: bool = True
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
     min_seqlen: int = 0  # of keys
@@ -198,18 +194,18 @@ class ForwardTiles(NamedTuple):
 
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
-    (64, 64): [ForwardTiles(128, 3, modified=False), ForwardTiles(96, 3)],
+    (64, 64): [ForwardTiles(128, 3, stages=3, modified=False), ForwardTiles(96, 3)],
     (96, 96): [ForwardTiles(144, 2)],
     (128, 128): [
-        ForwardTiles(176, 2, band=False, modified=False, min_seqlen=8192),
+        ForwardTiles(176, 2, band=False, modified=False, min_seqlen=4096),
         ForwardTiles(128, 2),
     ],
     (192, 128): [ForwardTiles(128, 2, modified=False), ForwardTiles(112, 2)],
     (192, 192): [ForwardTiles(112, 2, modified=False), ForwardTiles(96, 2)],
     (256, 256): [
         ForwardTiles(80, 2, band=False, modified=False),
-        ForwardTiles(80, 2, pingpong=False, overlap=False, modified=False),
-        ForwardTiles(64, 2),
+        ForwardTiles(80, 2, pingpong=False, modified=False),
+        ForwardTiles(48, 2),
     ],
 }
 
@@ -217,7 +213,10 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
 #: a block is launched with, 168 for each of 384 threads or 128 for each of 512.
 REGISTERS = {2: (40, 232), 3: (32, 160)}
 
-L2_BYTES = 32 << 20
+#: K and V that the blocks read at a time, with items in a fixed order and as blocks get free.
+STATIC_L2_BYTES, DYNAMIC_L2_BYTES = 1 << 20, 8 << 20
+
+#: Keys from which on items go to whichever block is free.
 MIN_DYNAMIC_SEQLEN = 1024
 
 
@@ -232,6 +231,7 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
         if row.suits(problem.seqlen_k, options)
     )
     producer_registers, consumer_registers = REGISTERS[row.consumers]
+    dynamic = "tickets" in tensors
 
     def plan(o_over_q: bool) -> HopperForwardPlan:
         return HopperForwardPlan(
@@ -246,12 +246,11 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             blocks_per_sm=1,
             **options,
             pingpong=row.pingpong,
-            overlap=row.overlap,
             o_over_q=o_over_q,
             producer_registers=producer_registers,
             consumer_registers=consumer_registers,
-            l2_bytes=L2_BYTES,
-            dynamic="tickets" in tensors,
+            l2_bytes=DYNAMIC_L2_BYTES if dynamic else STATIC_L2_BYTES,
+            dynamic=dynamic,
         )
 
     apart = plan(o_over_q=False)

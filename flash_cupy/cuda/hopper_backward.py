@@ -68,8 +68,8 @@ class HopperBackwardPlan(HopperPlan):
             for rows in (self.tile_n, self.tile_m)
         )
         row_terms = 2 * self.tile_m * SUM_BYTES
-        barriers = (1 + 5 * self.stages) * BARRIER_BYTES
-        findings = self.stages * 4 + 8
+        barriers = (2 + 4 * self.stages) * BARRIER_BYTES
+        findings = 4 * 4 + 8
         return (
             SWIZZLE_ALIGNMENT
             + keys
@@ -198,10 +198,10 @@ class BackwardTiles(NamedTuple):
 
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
-    64: [BackwardTiles(128, softcap=False, alibi=False), BackwardTiles(64)],
+    64: [BackwardTiles(64)],
     96: [BackwardTiles(64)],
     128: [
-        BackwardTiles(80, band=False, softcap=False, alibi=False, min_head_dim=96, min_seqlen=8192),
+        BackwardTiles(80, softcap=False, alibi=False, min_head_dim=96),
         BackwardTiles(64),
     ],
     192: [BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1)],

@@ -11,8 +11,6 @@ DEVICE void wgmma_wait(host::Place place = host::Place::here()) {
     host::wgmma_wait(PENDING, place);
 }
 
-DEVICE void compute_before_waits(float) {}
-
 namespace host {
 
 template <class T>
