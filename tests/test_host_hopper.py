@@ -92,7 +92,7 @@ def test_load_box(machine: Machine, tensor: NDArray, col: int, row: int) -> None
     np.testing.assert_array_equal(d.get(), np.take_along_axis(box, SWIZZLED, 1))
 
 
-@pytest.mark.parametrize(("col", "row"), [(0, 0), (64, 40), (0, -5)])
+@pytest.mark.parametrize(("col", "row"), [(0, 0), (64, 40), (64, 0)])
 def test_store_box(machine: Machine, tensor: NDArray, col: int, row: int) -> None:
     """The rows and columns that exist."""
     values = np.arange(24 * 64, dtype=np.uint16).reshape(24, 64)
@@ -463,6 +463,10 @@ PLANTED = {
     "nothing keeps a barrier from the next phase": (
         "start(1, 1); if (i == 0) { arrive_at(full); arrive_at(full); } else wait_for(full, 0);",
         "nothing keeps phase 1 from completing|deadlock",
+    ),
+    "store in front of the tensor": (
+        "start(1, 1); if (i == 0) store(-1);",
+        "store_box at -1, takes places from 0 on",
     ),
     "missing wait": (
         "start(1, 1); if (i == 0) load(0); __syncthreads(); sink = read(0);",

@@ -153,6 +153,10 @@ void store_box(const void* map, const int (&place)[RANK], unsigned shared) {
     const void* code = __builtin_return_address(0);
     const TensorMap& tensor = tensor_map("store_box", map);
     check_box("store_box", shared);
+    for (const int coordinate : place) {
+        // On a GPU an illegal instruction.
+        if (coordinate < 0) host::fail("store_box at %d, takes places from 0 on", coordinate);
+    }
     asynchronous.store([&](const Actor& reader, const Actor& writer) {
         for_each_unit(
             tensor, place,

@@ -112,4 +112,5 @@ extern "C" __global__ void test({parameters}) {{
     else:
         kernel = machine.compile(source, "test", [f"-arch={arch}"] if arch else [])
         options.pop("seed", None)  # of the host's scheduler
+        kernel.max_dynamic_shared_size_bytes = options.get("shared_mem", 1024)
     kernel((grid,), (block,), args, **{"shared_mem": 1024, **options})
