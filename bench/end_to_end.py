@@ -353,6 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         xp = array_module("gpu" if args.largest else args.device)
     except ValueError as error:
         options.error(str(error))
+    if args.peers and not args.largest and xp is not np and import_torch() is None:
+        # Asked before CuPy loads cuBLAS: PyTorch may be linked to a newer one of the same name.
+        print("PyTorch cannot be imported or sees no GPU: no peers")
     header = describe(xp)
     folder = args.output / slug(header["device"]) / "end_to_end"
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from report import OURS, Record, out_of_memory, peers_of
 #: One colour for each competitor in all pictures.
 COLOURS = {
     OURS: "black",
+    "flash_cupy portable": "tab:brown",
     "default backward": "tab:gray",
     "torch cuDNN": "tab:green",
     "torch flash": "tab:blue",

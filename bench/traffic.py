@@ -191,7 +191,10 @@ def counted(passes: Sequence[tuple[str, Cell]], scratch: Path) -> list[dict[str,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     scratch.unlink()
-    found = read_counts(done.stdout)
+    try:
+        found = read_counts(done.stdout)
+    except (LookupError, ValueError) as error:
+        raise RuntimeError(f"ncu printed what cannot be read: {error!r}") from error
     if done.returncode or len(found) != len(passes):
         said = [x for x in (done.stdout + done.stderr).splitlines() if "==ERROR==" in x]
         said = said or (done.stderr or done.stdout).strip().splitlines()[-1:]
@@ -205,7 +208,7 @@ def read_counts(printed: str) -> list[dict[str, float]]:
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     found: list[dict[str, float]] = []
     for row in csv.DictReader(lines[start:]):
-        if not row["ID"]:  # the line of units
+        if not row["ID"].isdigit():  # the line of units, ncu's own remarks
             continue
         if row["Kernel Name"].startswith(MARKER):
             found.append({**dict.fromkeys(METRICS, 0.0), "kernels": 0})
@@ -352,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         fields = asdict(cells_of(args)[0]).keys()
         passes = [(name, Cell(**{key: r[key] for key in fields})) for name, r in working]
+        print(f"counting the bytes of {len(passes)} passes by Nsight Compute", flush=True)
         try:
             counts = counted(passes, path.with_suffix(".passes"))
         except RuntimeError as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
@@ -43,8 +43,10 @@ def accuracy(trainer: Trainer, held_out: Sequence[Batch]) -> float:
     return right / sum(len(batch.targets) for batch in held_out)
 
 
-def train(trainer: Trainer, held_out: Sequence[Batch], every: int) -> list[tuple[int, float]]:
-    """Do all steps behind a progress bar; returns the accuracy after every `every` of them."""
+def train(
+    trainer: Trainer, held_out: Sequence[Batch], every: int
+) -> Iterator[list[tuple[int, float]]]:
+    """Do all steps behind a progress bar; yields all accuracies, after every `every` steps."""
     measured: list[tuple[int, float]] = []
     with tqdm(total=trainer.steps, unit="step") as bar:
         while trainer.done < trainer.steps:
@@ -58,7 +60,7 @@ def train(trainer: Trainer, held_out: Sequence[Batch], every: int) -> list[tuple
             if trainer.done % every == 0 or trainer.done == trainer.steps:
                 measured.append((trainer.done, accuracy(trainer, held_out)))
                 tqdm.write(f"step {trainer.done}: {measured[-1][1]:.1%} right")
-    return measured
+                yield measured
 
 
 def save_picture(path: Path, losses: Sequence[float], measured: Sequence[Any], title: str) -> None:
@@ -117,32 +119,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     held_out = list(islice(other, args.held_out // args.batch))
     args.out.mkdir(parents=True, exist_ok=True)
-    with own_memory(xp) if xp is not np else nullcontext():
-        figures = run(args, model, data, held_out, xp)
     title = f"ListOps, {args.seqlen} tokens, {args.attention} attention"
-    save_picture(args.out / "listops.png", figures["losses"], figures["accuracy"], title)
-    (args.out / "listops.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(f"written {args.out / 'listops.png'}, {args.out / 'listops.json'}")
+    picture, path = args.out / "listops.png", args.out / "listops.json"
+    with own_memory(xp) if xp is not np else nullcontext():
+        for figures in run(args, model, data, held_out, xp):  # a run that is stopped leaves some
+            save_picture(picture, figures["losses"], figures["accuracy"], title)
+            path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(f"written {picture}, {path}")
     return 0
 
 
 def run(
     args: argparse.Namespace, model: Any, data: Batch, held_out: Sequence[Batch], xp: Any
-) -> dict[str, Any]:
-    """Train; returns all figures."""
+) -> Iterator[dict[str, Any]]:
+    """Train; yields all figures so far, at each measurement."""
     schedule = Schedule(args.learning_rate, args.steps, warmup=args.steps // 10)
     trainer = Trainer(model, attend_by(args.attention, xp), data, schedule, xp, args.seed)
     start = time.perf_counter()
-    measured = train(trainer, held_out, args.every)
-    return {
-        "header": describe(xp),
-        "config": asdict(model),
-        **{key: value for key, value in vars(args).items() if key not in ("out", "device")},
-        "seconds": time.perf_counter() - start,
-        "losses": losses_of(trainer),
-        "accuracy": measured,
-        "reported": REPORTED,
-    }
+    for measured in train(trainer, held_out, args.every):
+        yield {
+            "header": describe(xp),
+            "config": asdict(model),
+            **{key: value for key, value in vars(args).items() if key not in ("out", "device")},
+            "seconds": time.perf_counter() - start,
+            "losses": losses_of(trainer),
+            "accuracy": measured,
+            "reported": REPORTED,
+        }
 
 
 if __name__ == "__main__":

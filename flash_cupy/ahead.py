@@ -10,6 +10,7 @@ import numpy as np
 
 from .arrays import dtypes
 from .attention import attention_backward, attention_forward
+from .cuda import hopper
 from .gpu import why_no_gpu
 from .problem import Precision
 
@@ -74,10 +75,12 @@ def compile(
 
     pairs = [(d, d) if isinstance(d, int) else d for d in head_dims]
     slopes = cupy.zeros(1, np.float32) if alibi else None
-    calls = list(itertools.product(pairs, masks))
-    for (head_dim, head_dim_v), mask in _with_bar(calls, progress):
-        # Two rows: with one, a causal mask would hide nothing and be dropped.
-        q, k, v = (cupy.zeros((1, 2, d), dtype) for d in (head_dim, head_dim, head_dim_v))
+    # Two rows: with one, a causal mask would hide nothing and be dropped.
+    lengths = (2, *hopper.lengths()) if np.dtype(dtype).itemsize == 2 else (2,)
+    calls = list(itertools.product(pairs, masks, lengths))
+    for (head_dim, head_dim_v), mask, keys in _with_bar(calls, progress):
+        shapes = ((1, 2, head_dim), (1, keys, head_dim), (1, keys, head_dim_v))
+        q, k, v = (cupy.zeros(shape, dtype) for shape in shapes)
         options: dict[str, Any] = {
             "causal": mask,
             "softcap": 1.0 if softcap else None,

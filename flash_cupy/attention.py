@@ -63,9 +63,10 @@ def attention(
         `flash_cupy` runs on and D and Dv are at most 256, else on the CPU. CuPy arrays are always
         computed on the GPU they are on, which must be the current device.
     precision : {'tf32'}, optional
-        Let the GPU round float32 operands of products to TF32 (10 bits after the point), which is
-        faster. By default float32 means float32 accuracy. The CPU engine always has that; other
-        dtypes take None only.
+        Let the GPU round float32 operands of products to 11 significant bits, as TF32 has, which
+        is faster. By default float32 means float32 accuracy (on the GPU of entries above 2^-27 of
+        the largest in their tile, some 32 to 128 rows; smaller ones keep 2^-51 of that). The CPU
+        engine always has float32 accuracy; other dtypes take None only.
 
     Returns
     -------

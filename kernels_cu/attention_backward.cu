@@ -25,7 +25,7 @@
 #include "row_terms.cuh"
 #include "dq_sum.cuh"
 
-// One row of the plan table in flash_cupy/cuda/plan.py.
+// One row of the plan table in flash_cupy/cuda/tiles.py.
 struct Config {
     using Element = PLAN_ELEMENT;
     static constexpr int TILE_M = PLAN_TILE_M;          // queries of a step
@@ -255,7 +255,7 @@ struct Backward {
                 const Real exponent = score.modify_with_slope(
                     x, tile * Config::TILE_M + query,
                     first_key + warp_key() + i / 2 * 16 + Accumulator<Real>::row(e), derivative);
-                x = exp2_real(exponent * score.factor - row.lse);
+                x = M::at_most_1(exp2_real(exponent * score.factor - row.lse));
                 y = x * (y - row.dot);
                 if constexpr (Config::SOFTCAP) y *= derivative;
             }
@@ -312,7 +312,7 @@ struct Backward {
                            ? M::to_a(weights[i][P_IN_REGISTERS ? k / 16 : 0], scale.factor)
                            : M::reload_a(tile, warp_key() + 16 * i, k);
             },
-            b, 16 * COL_BLOCKS * warp_col(), scale.inverse * b_inverse);
+            b, 16 * COL_BLOCKS * warp_col(), joint(scale.inverse, b_inverse));
     }
 
     // One tile of queries, and the loads of the next; `partial`: some query does not see some key.
@@ -325,9 +325,9 @@ struct Backward {
 
         Scores p = {}, ds = {};
         multiply_rows<M, Config::UNROLL>(p, k_tile(), warp_key(), q_tile(stage), warp_query(),
-                                         inverse(OF_K) * inverse(OF_Q));
+                                         joint(inverse(OF_K), inverse(OF_Q)));
         multiply_rows<M, Config::UNROLL>(ds, v_tile(), warp_key(), do_tile(stage), warp_query(),
-                                         inverse(OF_V) * inverse(OF_DO));
+                                         joint(inverse(OF_V), inverse(OF_DO)));
         differentiate(p, ds, place.tile, stage);
         if (partial) mask(p, ds, place.tile);
         const Scale<Factor> p_scale = M::scale_of(1), ds_scale = scale_of_ds(stage);
@@ -390,7 +390,7 @@ struct Backward {
         add_weighted_rows<M, Config::UNROLL>(
             dq,
             [&](int i, int k) { return M::load_a_transposed(ds_tile(), warp_row + 16 * i, k); },
-            k_tile(), 16 * col_block, ds_inverse * inverse(OF_K));
+            k_tile(), 16 * col_block, joint(ds_inverse, inverse(OF_K)));
         const int32 first_row = place.tile * Config::TILE_M + warp_row;
         if (nonfinite) {
             __syncthreads();

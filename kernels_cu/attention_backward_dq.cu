@@ -19,7 +19,7 @@
 #include "nonfinite.cuh"
 #include "row_terms.cuh"
 
-// One row of the plan table in flash_cupy/cuda/plan.py.
+// One row of the plan table in flash_cupy/cuda/tiles.py.
 struct Config {
     using Element = PLAN_ELEMENT;
     static constexpr int TILE_M = PLAN_TILE_M;          // rows of q of a block
@@ -152,7 +152,7 @@ struct BackwardDq {
                     s[i / 2][j / 4].value[h][e], row,
                     tile * Config::TILE_N + j / 4 * 16 + Accumulator<Real>::col(h, e), derivative);
                 Real& x = ds[i / 2][j / 4].value[h][e];
-                x = exp2_real(exponent * score.factor - own.lse) * (x - own.dot);
+                x = M::at_most_1(exp2_real(exponent * score.factor - own.lse)) * (x - own.dot);
                 if constexpr (Config::SOFTCAP) x *= derivative;
             }
         }
@@ -208,9 +208,9 @@ struct BackwardDq {
 
         Scores s = {}, ds = {};
         multiply_rows<M, Config::UNROLL>(s, q_tile(), warp_row, k_tile(stage), 0,
-                                         inverse(OF_Q) * inverse(OF_K));
+                                         joint(inverse(OF_Q), inverse(OF_K)));
         multiply_rows<M, Config::UNROLL>(ds, do_tile(), warp_row, v_tile(stage), 0,
-                                         inverse(OF_DO) * inverse(OF_V));
+                                         joint(inverse(OF_DO), inverse(OF_V)));
         differentiate(s, ds, tile);
         if (partial) mask(ds, tile);
 
@@ -220,7 +220,7 @@ struct BackwardDq {
         const Scale<Factor> ds_scale = scale_of_ds();
         add_weighted_rows<M, KEY_BLOCKS>(
             dq, [&](int i, int k) { return M::to_a(ds[i][k / 16], ds_scale.factor); },
-            k_tile(stage), first_col, ds_scale.inverse * inverse(OF_K));
+            k_tile(stage), first_col, joint(ds_scale.inverse, inverse(OF_K)));
         if (nonfinite) spread_nonfinite_k(tile, stage);
 
         if constexpr (Config::STAGES == 1) {

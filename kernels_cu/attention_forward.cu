@@ -20,7 +20,7 @@
 #include "softmax.cuh"
 #include "nonfinite.cuh"
 
-// One row of the plan table in flash_cupy/cuda/plan.py.
+// One row of the plan table in flash_cupy/cuda/tiles.py.
 struct Config {
     using Element = PLAN_ELEMENT;
     static constexpr int TILE_M = PLAN_TILE_M;          // rows of q of a block
@@ -117,22 +117,22 @@ struct Forward {
     // S = Q K^T
     DEVICE void multiply_q_k(Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], KTile tile) const {
         multiply_rows<M, Config::DIM_UNROLL>(s, q_tile(), warp_row, tile, 0,
-                                             operands.scale(OF_Q).inverse *
-                                                 operands.scale(OF_K).inverse);
+                                             joint(operands.scale(OF_Q).inverse,
+                                                   operands.scale(OF_K).inverse));
     }
 
     // O += P V, with P made from S a few keys at a time, in between the products.
     DEVICE void multiply_p_v(Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], VTile tile) {
         constexpr int STEPS = steps_of<M>(KEY_BLOCKS);
         const auto p_scale = M::scale_of(1);
-        const auto scale = operands.scale(OF_V).inverse * p_scale.inverse;
+        const auto scale = joint(operands.scale(OF_V).inverse, p_scale.inverse);
 #pragma unroll
         for (int n = 0; n < KEY_BLOCKS; n += STEPS) {
             typename M::A p[ROW_BLOCKS][STEPS];
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * STEPS; ++i) {
                 const int m = i / STEPS, step = i % STEPS;
-                softmax.exponentiate(s[m][n + step], m, score.factor);
+                softmax.template exponentiate<M>(s[m][n + step], m, score.factor);
                 p[m][step] = M::to_a(s[m][n + step], p_scale.factor);
             }
 #pragma unroll

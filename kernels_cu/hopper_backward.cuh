@@ -23,6 +23,7 @@ template <class Config>
 struct BackwardBlock {
     using T = typename Config::Element;
     static constexpr int CONSUMERS = Config::CONSUMERS;
+    static_assert(!Config::HAS_WRITERS || CONSUMERS == 2, "warps 2 and 3 are the writers");
     static constexpr int STAGES = Config::STAGES;
 
     using KTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM>;
@@ -389,10 +390,18 @@ struct BackwardConsumer {
         }
         return found;
     }
-    // A non-finite value in a row of Q makes its lse non-finite, and one in a row of dO its D. Every
-    // warp looks at all rows of the tile, so that all come to the same answer.
+    // A non-finite value in a row of Q makes its lse non-finite, unless a softcap hides it, and one
+    // in a row of dO its D. Every warp looks at all rows of the tile, so that all come to the same
+    // answer.
     DEVICE bool queries_nonfinite(const Step& step) const {
         bool found = false;
+        if constexpr (Config::SOFTCAP) {
+            const auto q = block.q_tile(step.stage());
+#pragma unroll 1
+            for (int i = lane_index() * CHUNK_BYTES; i < q.BYTES; i += WARP * CHUNK_BYTES) {
+                found |= has_nonfinite<T>(load_shared<Chunk>(q.address + i));
+            }
+        }
 #pragma unroll 1
         for (int i = lane_index(); i < TILE_M / 2; i += WARP) {
             const auto terms = load_shared<typename Block::Terms>(

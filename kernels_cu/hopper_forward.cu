@@ -401,7 +401,9 @@ struct Consumer {
         if constexpr (PARTIAL) mask(s, item, tile);
         softmax.raise_top(s, item.score.factor, rescale);
 #pragma unroll
-        for (int n = 0; n < KEY_BLOCKS; ++n) softmax.exponentiate(s[0][n], 0, item.score.factor);
+        for (int n = 0; n < KEY_BLOCKS; ++n) {
+            softmax.template exponentiate<Mma<T>>(s[0][n], 0, item.score.factor);
+        }
     }
 
     // The rounded P as operands of the next product.

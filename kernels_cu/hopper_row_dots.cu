@@ -32,17 +32,18 @@ DEVICE void clear_dq(const AttentionParams& params, const HeadIndex& index, int3
 // One block for every TILE_M rows of every head.
 extern "C" __global__ void __launch_bounds__(Config::THREADS)
     hopper_row_dots(const __grid_constant__ AttentionParams params) {
-    static_assert(Config::TILE_M % Dots::ROWS == 0, "whole warps compute a row");
     const uint32 tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const HeadIndex index(params, blockIdx.x / tiles, params.heads);
     const int32 tile = blockIdx.x % tiles;
     clear_dq(params, index, tile);
     RowTermsPair<float>* const pairs = reinterpret_cast<RowTermsPair<float>*>(
         Dots::row_data<float>(params.row_dots, index, tile * Config::TILE_M));
+    // All lanes go on to the end, as rows are summed up by shuffles.
 #pragma unroll 1
-    for (int i = threadIdx.x / Dots::LANES; i < Config::TILE_M; i += Dots::ROWS) {
+    for (int first = 0; first < Config::TILE_M; first += Dots::ROWS) {
+        const int i = first + threadIdx.x / Dots::LANES;
         const auto terms = Dots::terms(params, index, tile * Config::TILE_M + i);
-        if (Dots::is_first_lane()) {
+        if (Dots::is_first_lane() && i < Config::TILE_M) {
             pairs[i / 2].lse[i % 2] = terms.lse;
             pairs[i / 2].dot[i % 2] = terms.dot;
         }

@@ -6,6 +6,7 @@
 //   load_b(tile, k, n)             b[i][j] = tile[k + i][n + j]
 //   load_b_transposed(tile, k, n)  b[i][j] = tile[n + j][k + i]
 //   to_a(acc, factor)              a[i][j] = factor * acc[i][j], within a thread's own registers
+//   at_most_1(p)                   a weight, which rounding may have taken above 1
 //   reload_a(tile, m, k)           a[i][j] = tile[m + i][k + j], as to_a of what was stored there
 //   multiply(acc, a, b, scale)     the sum of N such products, of fragments a[N] and b[N]
 // Tiles have elements of Mma<T>::Operand: T itself, or for 32-bit types the parts of split.cuh;
@@ -137,6 +138,9 @@ struct Mma16 : Fragments16<1>, Instructions {
     static DEVICE Scale<One> scale_of(float) {
         return {};
     }
+    static DEVICE float at_most_1(float p) {
+        return p;
+    }
     static DEVICE A to_a(const Accumulator<float>& acc, One) {
         A a;
 #pragma unroll
@@ -181,6 +185,10 @@ struct MmaSplit : Fragments16<PARTS<OperandType>> {
 
     static DEVICE Scale<float> scale_of(float largest) {
         return split_scale(largest);
+    }
+    // Above 4 the scaled weight would be beyond float16.
+    static DEVICE float at_most_1(float p) {
+        return min_or_nan(p, 1);
     }
 
     static DEVICE A to_a(const Accumulator<float>& acc, float factor) {
@@ -318,6 +326,9 @@ struct Mma<double> {
     }
     static DEVICE Scale<One> scale_of(double) {
         return {};
+    }
+    static DEVICE double at_most_1(double p) {
+        return p;
     }
     static DEVICE A to_a(const Accumulator<double>& acc, One) {
         A a;

@@ -81,9 +81,11 @@ DEVICE bool any_nonfinite(Operands<Element, THREADS, BYTES> operands, Operand<Ti
     }
 }
 
-// Sets the non-finite values of a tile to 0. All threads of the block take part, a barrier follows.
+// Sets the non-finite values of a tile to 0. All threads of the block take part, barriers lie before
+// and after it.
 template <int THREADS, class Tile>
 DEVICE void remove_nonfinite(Tile tile) {
+    __syncthreads();
     using T = typename Searched<typename Tile::Element>::type;
     CopyShape<Tile, THREADS, CHUNK_BYTES>().for_each([&](int row, int byte) {
         const uint32 chunk = tile.at(row, 0) + byte;

@@ -197,6 +197,13 @@ DEVICE float reciprocal_approx(float x) {
     return result;
 }
 
+// The smaller one; NaN if one of them is.
+DEVICE float min_or_nan(float x, float y) {
+    float result;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+    return result;
+}
+
 // The largest of all lanes of a warp.
 DEVICE uint32 warp_max(uint32 x) {
     uint32 result;

@@ -33,5 +33,5 @@ template <class Config>
 DEVICE float largest_ds(const AttentionParams& params, float do_, float v, float dot) {
     const float largest = do_ * v * static_cast<float>(params.head_dim_v) + dot;
     const float derivative = Config::SOFTCAP ? static_cast<float>(params.scale) : 1;
-    return min(largest * max(derivative, -derivative), LARGEST_FLOAT);
+    return min(largest * derivative, LARGEST_FLOAT);
 }

@@ -61,11 +61,12 @@ struct OnlineSoftmax {
 
     // Turns 16 x 16 scores of row block m, taken into `top` before, into P = 2^(factor s - top),
     // and adds them to `sum`. P is 0 in a row that sees nothing.
+    template <class M>
     DEVICE void exponentiate(Accumulator<Real>& s, int m, Real factor) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             Real& x = s.value[i / 4][i % 4];
-            x = exp2_real(x * factor - finite_top(m, i % 4 / 2));
+            x = M::at_most_1(exp2_real(x * factor - finite_top(m, i % 4 / 2)));
         }
         // Not one after another: the sum of a row is on the way of every step.
 #pragma unroll

@@ -4,8 +4,9 @@
 //   x = 2^-e (big + small / 2^11)
 //
 // with float16 parts and one e for a whole tile. Together they keep 2^-24 of x, as a float does,
-// for every x above 2^-27 of the tile's largest, and 2^-51 of the largest for those below. The
-// big part alone keeps what TF32 keeps, 11 bits.
+// for every x above 2^-27 of the tile's largest, and 2^-51 of the largest for those below: entries
+// that are 10^8 times larger than others cost these their accuracy where they share a tile, also
+// behind a mask. The big part alone keeps what TF32 keeps, 11 bits.
 //
 // A tile is split in its place: eight neighbours of a row fill two chunks as floats, and afterwards
 // one with their big parts and one with their small parts.
@@ -54,12 +55,17 @@ DEVICE float power_of_2(int exponent) {
 
 // A factor of 1 that costs nothing: the scale of all that is not split.
 struct One {};
-DEVICE One operator*(One, One) {
-    return {};
-}
 template <class Real>
 DEVICE Real operator*(Real x, One) {
     return x;
+}
+
+// What a product of two operands is to be multiplied by: finite, for 0 times it must stay 0.
+DEVICE One joint(One, One) {
+    return {};
+}
+DEVICE float joint(float inverse, float other_inverse) {
+    return min(inverse * other_inverse, LARGEST_FLOAT);
 }
 
 // A power of 2 that numbers are multiplied by before they are split, and its inverse, which their

@@ -36,6 +36,7 @@ def calls() -> None:
         (100, 70, 59, 40, {"softcap": 2.0, "causal": True}),
         (1100, 1100, 128, 128, {"causal": True}),
         (40, 65, 256, 256, {}),
+        (90, 130, 128, 96, {"causal": True}),
     ]
     kinds = [(dtype, "portable") for dtype in (np.float16, bfloat16, np.float32, np.float64)]
     if cupy.cuda.Device().compute_capability == "90":

@@ -299,7 +299,8 @@ def test_torch_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_competitor_has_a_colour() -> None:
-    names = {peer.name for peer in [*peers.competitors(np), peers.Dense(np)]}
+    present = [*peers.competitors(np), peers.Dense(np), peers.OursPortable(np)]
+    names = {peer.name for peer in present}
     names |= {name for name, _, _ in peers.TORCH_BACKENDS.values()}
     assert names == set(pictures.COLOURS)
 

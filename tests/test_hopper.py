@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from strategies import BFLOAT16, FLOAT16, FLOAT32
 
-from flash_cupy.cuda import force_family, hopper
+from flash_cupy.cuda import force_family, hopper, hopper_backward
 from flash_cupy.cuda.compiler import compile_cubin, kernel_folder
 from flash_cupy.cuda.engine import Call, choose_family, make_launch
 from flash_cupy.cuda.launch import arguments
@@ -91,8 +91,8 @@ def plan_of(call: Call) -> hopper.HopperForwardPlan:
 BAD_WARNINGS = re.compile(r"C75(08|10|12|14)")
 
 
-def check_compiles(plan: KernelPlan) -> None:
-    cubin = compile_cubin("hopper_forward", plan, "sm_90a")
+def check_compiles(plan: KernelPlan, kernel: str = "hopper_forward") -> None:
+    cubin = compile_cubin(kernel, plan, "sm_90a")
     assert cubin.stack_bytes == 0, plan
     assert not BAD_WARNINGS.search(cubin.log), f"{plan}: {cubin.log}"
 
@@ -111,6 +111,49 @@ SOME = [
 @pytest.mark.parametrize(("seqlen", "d", "dv", "mask"), SOME)
 def test_compiles_without_spills(seqlen: int, d: int, dv: int, mask: str) -> None:
     check_compiles(plan_of(simple_call(seqlen, d, dv, **MASKS[mask])))
+
+
+def backward_plans(call: Call, deterministic: bool = False) -> dict[str, KernelPlan]:
+    """The plans of a call's backward kernels by their names."""
+    tensors = dict(call.tensors)
+    alibi = "alibi_slopes" in tensors
+    for name, shape in hopper_backward.workspace(call.problem, alibi, deterministic).items():
+        tensors[name] = np.empty(shape, np.float32)
+    return {
+        kernel: hopper_backward.PLANS[kernel](HOPPER, call.problem, tensors)
+        for kernel in hopper_backward.kernels(call.problem)
+    }
+
+
+# Among them head dims of v narrower than q's, whose rows take fewer lanes.
+SOME_BACKWARD = [
+    (64, 64, "causal"),
+    (96, 96, "full"),
+    (128, 128, "causal"),
+    (128, 72, "full"),
+    (104, 96, "softcap"),
+    (192, 128, "full"),
+    (256, 256, "causal"),
+]
+
+
+@pytest.mark.parametrize(("d", "dv", "mask"), SOME_BACKWARD)
+def test_backward_compiles_without_spills(d: int, dv: int, mask: str) -> None:
+    for kernel, plan in backward_plans(simple_call(1000, d, dv, **MASKS[mask])).items():
+        check_compiles(plan, kernel)
+        assert plan.shared_bytes <= HOPPER.shared_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("d", "dv"), [*HEAD_DIMS, (128, 96), (128, 64), (96, 128)])
+def test_every_backward_plan_compiles_without_spills(
+    d: int, dv: int, mask: str, deterministic: bool
+) -> None:
+    call = simple_call(1000, d, dv, **MASKS[mask])
+    for kernel, plan in backward_plans(call, deterministic).items():
+        check_compiles(plan, kernel)
 
 
 @pytest.mark.slow

@@ -77,3 +77,37 @@ def test_nan_reaches_exactly_the_rows_that_see_it(host_engine: Engine, dtype: np
     np.testing.assert_array_equal(o[0, :40], clean[0][0, :40])
     np.testing.assert_array_equal(dq[0, :40], clean[2][0, :40])
     np.testing.assert_array_equal(dv, clean[4])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("precision", [None, "tf32"])
+@pytest.mark.parametrize("name", ["q", "k", "do"])
+def test_nan_in_float32_reaches_the_gradients_of_what_sees_it(
+    host_engine: Engine, name: str, precision: str | None, deterministic: bool
+) -> None:
+    options = {"causal": True} if precision is None else {"causal": True, "precision": precision}
+    case = make_case((), 1, 1, 70, 70, 16, 16, FLOAT32, seed=5, **options)
+    spoilt = getattr(case, name).copy()
+    spoilt[0, 40, 3] = np.nan
+    clean = host_engine.run(case, deterministic=deterministic)
+    _, _, dq, dk, dv = host_engine.run(replace(case, **{name: spoilt}), deterministic=deterministic)
+    np.testing.assert_allclose(dq[0, :40], clean[2][0, :40], rtol=1e-5, atol=1e-6)
+    if name == "k":
+        assert np.isnan(dq[0, 40:]).all()
+    else:
+        np.testing.assert_array_equal(dk[0, 41:], clean[3][0, 41:])
+        np.testing.assert_array_equal(dv[0, 41:], clean[4][0, 41:])
+        assert np.isnan((dk if name == "q" else dv)[0, :41, 3]).all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("size", [3e3, 1e15])
+def test_huge_float32_logits_give_no_nan(
+    host_engine: Engine, size: float, deterministic: bool
+) -> None:
+    """Logits of 1e7 and 1e30: a weight may come out above 1, and scales beyond float."""
+    case = make_case((), 1, 1, 40, 40, 16, 16, FLOAT32, seed=6)
+    q, k = (np.float32(size) * x for x in (case.q, case.k))
+    results = host_engine.run(replace(case, q=q, k=k), deterministic=deterministic)
+    assert all(np.isfinite(x).all() for x in results[:2])
+    assert not any(np.isnan(x).any() for x in results)

@@ -13,7 +13,7 @@ import pytest
 
 import flash_cupy
 from flash_cupy import ahead, arrays, problem
-from flash_cupy.cuda import plan
+from flash_cupy.cuda import hopper, plan
 from flash_cupy.gpu import why_no_gpu
 from flash_cupy.problem import Options, Problem
 
@@ -326,6 +326,8 @@ def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     note("attention_forward")
     note("attention_backward")
     monkeypatch.setattr(ahead, "why_no_gpu", lambda: None)
+    # Where there is a GPU, too, NumPy arrays are to stay on the CPU.
+    monkeypatch.setattr("flash_cupy.problem.why_no_gpu", lambda: "this test has none")
     monkeypatch.setitem(sys.modules, "cupy", np)
     return calls
 
@@ -351,9 +353,11 @@ def test_compile_with_few_kernels(compiled_calls: list[tuple[Any, ...]]) -> None
     flash_cupy.compile(
         [8], "bfloat16", masks=[True], softcap=True, alibi=True, backward=False, progress=False
     )
-    ((name, _, dtype, options),) = compiled_calls
-    assert (name, dtype.name, options["precision"]) == ("attention_forward", "bfloat16", None)
-    assert options["causal"] and options["softcap"] and options["alibi_slopes"].shape == (1,)
+    # The plans of 16-bit calls may depend on the number of keys.
+    assert [shapes[1][1] for _, shapes, _, _ in compiled_calls] == [2, *hopper.lengths()]
+    for name, _, dtype, options in compiled_calls:
+        assert (name, dtype.name, options["precision"]) == ("attention_forward", "bfloat16", None)
+        assert options["causal"] and options["softcap"] and options["alibi_slopes"].shape == (1,)
 
 
 def test_compile_checks_options(compiled_calls: list[tuple[Any, ...]]) -> None:

@@ -21,6 +21,7 @@ PRINTED = """==PROF== Connected to process 7
 "2","gemm","10","5","30"
 "3","traffic_marker","64","0","64"
 "4","attention_forward","7","8","9"
+==WARNING== something else
 """
 
 
@@ -67,6 +68,20 @@ def test_counts_are_summed_from_marker_to_marker() -> None:
     assert first == {"dram_read": 1010, "dram_written": 505, "l2": 3030, "kernels": 2}
     assert second == {"dram_read": 7, "dram_written": 8, "l2": 9, "kernels": 1}
     assert traffic.read_counts("==ERROR== no permission\n") == []
+
+
+@pytest.mark.parametrize("found", ["n/a", "(!) nan"])
+def test_counts_that_cannot_be_read_are_no_counts(
+    found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f"#!/bin/sh\ncat <<END\n{PRINTED.replace('500', found)}END\n")
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        traffic.counted([("dense", CELL)], tmp_path / "passes")
+    ncu.write_text(f"#!/bin/sh\ncat <<END\n{PRINTED}END\n")
+    assert traffic.counted([("dense", CELL)] * 2, tmp_path / "passes")[1]["l2"] == 9
 
 
 def record(cell: Cell) -> dict:

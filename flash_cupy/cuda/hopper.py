@@ -257,6 +257,12 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
     return apart if apart.shared_bytes <= card.shared_bytes else plan(o_over_q=True)
 
 
+def lengths() -> tuple[int, ...]:
+    """Return numbers of keys from which on calls may have other plans than with fewer keys."""
+    starts = {row.min_seqlen for rows in FORWARD_TILES.values() for row in rows}
+    return tuple(sorted({MIN_DYNAMIC_SEQLEN, *starts} - {0}))
+
+
 def is_dynamic(problem: Problem) -> bool:
     """Whether the blocks of a forward call take items as they get free, for which it has tickets.
 

@@ -152,6 +152,8 @@ DEVICE float exp2_approx(float x) { return flush_to_zero(exp2f(flush_to_zero(x))
 
 DEVICE float reciprocal_approx(float x) { return flush_to_zero(1 / flush_to_zero(x)); }
 
+DEVICE float min_or_nan(float x, float y) { return isnan(x) || isnan(y) ? NAN : fminf(x, y); }
+
 namespace host {
 
 struct WarpMaxOperands {
