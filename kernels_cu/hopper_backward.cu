@@ -53,15 +53,14 @@ struct Config {
     static constexpr int DQ_PARTS = CONSUMERS;
     static constexpr bool P_IN_REGISTERS = true;
     static constexpr bool HAS_WRITERS = true;
+    // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
+    static constexpr int PRODUCER_REGISTERS = 24;
+    static constexpr int CONSUMER_REGISTERS = 240;
     static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
 
     static constexpr int THREADS = PLAN_WARPS * WARP;
     static_assert(TILE_N == 64 * CONSUMERS && STAGES == 2, "what the pipeline is made for");
 };
-
-// Of a thread of warpgroup 0 and of the others: together what the block was launched with.
-constexpr int PRODUCER_REGISTERS = 24;
-constexpr int CONSUMER_REGISTERS = 240;
 
 // A consumer warpgroup: 64 keys, from the first step to their dK and dV.
 template <class Config>
@@ -274,24 +273,12 @@ struct Consumer : BackwardConsumer<Config> {
 
     // Sets to NaN what sees a non-finite value of Q, dO and K.
     DEVICE void spread_nonfinite(const Step& step) {
-        spread_nonfinite_queries(step);
+        this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
+            spread_nonfinite_row(dk, query, block.params.head_dim, q);
+            spread_nonfinite_row(dv, query, block.params.head_dim_v, do_);
+        });
         this->spread_nonfinite_keys(step);
         this->restore_keys();
-    }
-
-    DEVICE void spread_nonfinite_queries(const Step& step) {
-        const AttentionParams& params = block.params;
-        const HeadIndex head = block.query_head(block.key_head(), step.head);
-        const int32 first = step.tile * TILE_M;
-#pragma unroll 1
-        for (int32 query = first; query < min(first + TILE_M, params.seqlen_q); ++query) {
-            spread_nonfinite_row(dk, query, params.head_dim,
-                                 head_data<const uint16>(params.q, head, head.head) +
-                                     query * params.q.row);
-            spread_nonfinite_row(dv, query, params.head_dim_v,
-                                 head_data<const uint16>(params.do_, head, head.head) +
-                                     query * params.do_.row);
-        }
     }
     template <int COUNT>
     DEVICE void spread_nonfinite_row(float (&acc)[COUNT], int32 query, int32 cols,
@@ -356,17 +343,5 @@ struct Consumer : BackwardConsumer<Config> {
 extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     hopper_backward(const __grid_constant__ AttentionParams params,
                     const __grid_constant__ BackwardMaps maps) {
-    const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
-    const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
-    if (threadIdx.x == 0) block.init_barriers();
-    __syncthreads();
-    // Shuffled, so that the compiler knows it for uniform.
-    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-    if (warpgroup == 0) {
-        shrink_registers<PRODUCER_REGISTERS>();
-        block.serve();
-    } else {
-        grow_registers<CONSUMER_REGISTERS>();
-        Consumer<Config>(block, warpgroup - 1).run();
-    }
+    run_block<Config, Consumer<Config>>(params, maps);
 }

@@ -424,6 +424,21 @@ struct BackwardConsumer {
         }
     }
 
+    // Calls visit(query, its row of q, its row of do) for the queries of a step that exist; the rows
+    // are bits in global memory.
+    template <class Visit>
+    DEVICE void for_each_query(const Step& step, Visit visit) const {
+        const AttentionParams& params = block.params;
+        const HeadIndex head = block.query_head(block.key_head(), step.head);
+        const uint16* const q = head_data<const uint16>(params.q, head, head.head);
+        const uint16* const do_ = head_data<const uint16>(params.do_, head, head.head);
+        const int32 first = step.tile * TILE_M;
+#pragma unroll 1
+        for (int32 query = first; query < min(first + TILE_M, params.seqlen_q); ++query) {
+            visit(query, q + query * params.q.row, do_ + query * params.do_.row);
+        }
+    }
+
     // Adds NaN to this consumer's parts of dQ where a query sees a non-finite value of K.
     DEVICE void spread_nonfinite_keys(const Step& step) const {
         const AttentionParams& params = block.params;
@@ -477,3 +492,21 @@ struct BackwardConsumer {
         return min(block.first_key + Config::TILE_N, block.params.seqlen_k);
     }
 };
+
+// What a block does: warpgroup 0 feeds the others, the consumers.
+template <class Config, class Consumer>
+DEVICE void run_block(const AttentionParams& params, const BackwardMaps& maps) {
+    const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
+    const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
+    if (threadIdx.x == 0) block.init_barriers();
+    __syncthreads();
+    // Shuffled, so that the compiler knows it for uniform.
+    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
+    if (warpgroup == 0) {
+        shrink_registers<Config::PRODUCER_REGISTERS>();
+        block.serve();
+    } else {
+        grow_registers<Config::CONSUMER_REGISTERS>();
+        Consumer(block, warpgroup - 1).run();
+    }
+}

@@ -38,6 +38,9 @@ struct Config {
     static constexpr int DQ_PARTS = HEAD_DIM / 64;
     static constexpr bool P_IN_REGISTERS = false;
     static constexpr bool HAS_WRITERS = false;
+    // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
+    static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
     static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
 
     static constexpr int THREADS = PLAN_WARPS * WARP;
@@ -45,10 +48,6 @@ struct Config {
                       DQ_PARTS % CONSUMERS == 0 && STAGES == 2,
                   "what the pipeline is made for");
 };
-
-// Of a thread of warpgroup 0 and of the others: together what the block was launched with.
-constexpr int PRODUCER_REGISTERS = Config::CONSUMERS == 2 ? 24 : 32;
-constexpr int CONSUMER_REGISTERS = Config::CONSUMERS == 2 ? 240 : 160;
 
 // A consumer warpgroup, from the first step to its columns of dK and dV.
 template <class Config>
@@ -241,18 +240,10 @@ struct Consumer : BackwardConsumer<Config> {
 
     // Sets to NaN what sees a non-finite value of Q, dO and K.
     DEVICE void spread_nonfinite(const Step& step) {
-        const AttentionParams& params = block.params;
-        const HeadIndex head = block.query_head(block.key_head(), step.head);
-        const int32 first = step.tile * TILE_M;
-#pragma unroll 1
-        for (int32 query = first; query < min(first + TILE_M, params.seqlen_q); ++query) {
-            spread_nonfinite_row(dk, query, params.head_dim,
-                                 head_data<const uint16>(params.q, head, head.head) +
-                                     query * params.q.row);
-            spread_nonfinite_row(dv, query, params.head_dim_v,
-                                 head_data<const uint16>(params.do_, head, head.head) +
-                                     query * params.do_.row);
-        }
+        this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
+            spread_nonfinite_row(dk, query, block.params.head_dim, q);
+            spread_nonfinite_row(dv, query, block.params.head_dim_v, do_);
+        });
         this->spread_nonfinite_keys(step);
         this->restore_keys();
     }
@@ -325,17 +316,5 @@ struct Consumer : BackwardConsumer<Config> {
 extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     hopper_backward_wide(const __grid_constant__ AttentionParams params,
                          const __grid_constant__ BackwardMaps maps) {
-    const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
-    const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
-    if (threadIdx.x == 0) block.init_barriers();
-    __syncthreads();
-    // Shuffled, so that the compiler knows it for uniform.
-    const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
-    if (warpgroup == 0) {
-        shrink_registers<PRODUCER_REGISTERS>();
-        block.serve();
-    } else {
-        grow_registers<CONSUMER_REGISTERS>();
-        Consumer<Config>(block, warpgroup - 1).run();
-    }
+    run_block<Config, Consumer<Config>>(params, maps);
 }
