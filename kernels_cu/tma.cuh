@@ -51,13 +51,6 @@ DEVICE void load_bulk(uint32 shared, const void* global, uint32 bytes, uint32 ba
                  : "memory");
 }
 
-DEVICE void store_bulk(void* global, uint32 shared, uint32 bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-                     __cvta_generic_to_global(global)),
-                 "r"(shared), "r"(bytes)
-                 : "memory");
-}
-
 // Adds consecutive floats to those in global memory, each addition atomic by itself.
 DEVICE void add_bulk(float* global, uint32 shared, uint32 bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(

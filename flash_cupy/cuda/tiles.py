@@ -38,6 +38,19 @@ _FORWARD_16BIT = {
         ForwardTiles(64, 64, 4, 1, 1),
     ],
 }
+_FORWARD_32BIT_WIDE = {
+    128: [
+        ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+        ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
+        ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
+    ],
+    160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
+    192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
+    256: [
+        ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2),
+        ForwardTiles(64, 16, 4, 1, 1, dim_unroll=1, dim_v_group=2),
+    ],
+}
 FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
     "float16": _FORWARD_16BIT,
     "bfloat16": _FORWARD_16BIT,
@@ -51,17 +64,7 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
             ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1),
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1),
         ],
-        128: [
-            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
-            ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
-            ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
-        ],
-        160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
-        192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
-        256: [
-            ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2),
-            ForwardTiles(64, 16, 4, 1, 1, dim_unroll=1, dim_v_group=2),
-        ],
+        **_FORWARD_32BIT_WIDE,
     },
     "float": {
         32: [ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2)],
@@ -73,17 +76,7 @@ FORWARD_TILES: dict[str, dict[int, list[ForwardTiles]]] = {
             ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
             ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
         ],
-        128: [
-            ForwardTiles(128, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
-            ForwardTiles(64, 32, 4, 1, 2, dim_unroll=1, dim_v_group=2),
-            ForwardTiles(128, 32, 8, 1, 1, dim_unroll=1, dim_v_group=2),
-        ],
-        160: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
-        192: [ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2)],
-        256: [
-            ForwardTiles(64, 32, 4, 1, 1, dim_unroll=1, dim_v_group=2),
-            ForwardTiles(64, 16, 4, 1, 1, dim_unroll=1, dim_v_group=2),
-        ],
+        **_FORWARD_32BIT_WIDE,
     },
     "double": {
         32: [ForwardTiles(64, 32, 4, 1, 2)],

@@ -181,17 +181,6 @@ void load_bulk(unsigned shared, const void* global, unsigned bytes, unsigned bar
     });
 }
 
-void store_bulk(void* global, unsigned shared, unsigned bytes) {
-    const void* code = __builtin_return_address(0);
-    check_bulk("store_bulk", shared, global, bytes);
-    asynchronous.store([&](const Actor& reader, const Actor& writer) {
-        const unsigned char* source = shared_pointer(shared);
-        device_memory.check(source, bytes, Access::READ, reader, code);
-        device_memory.check(global, bytes, Access::WRITE, writer, code);
-        memcpy(global, source, bytes);
-    });
-}
-
 void add_bulk(float* global, unsigned shared, unsigned bytes) {
     const void* code = __builtin_return_address(0);
     check_bulk("add_bulk", shared, global, bytes);

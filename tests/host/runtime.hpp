@@ -96,7 +96,6 @@ void prefetch_map(const void* map);
 void load_box(unsigned shared, const void* map, const int (&place)[MAP_RANK], unsigned barrier);
 void store_box(const void* map, const int (&place)[MAP_RANK], unsigned shared);
 void load_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier);
-void store_bulk(void* global, unsigned shared, unsigned bytes);
 void add_bulk(float* global, unsigned shared, unsigned bytes);
 void commit_bulk();
 void wait_bulk(int pending, bool only_read);
