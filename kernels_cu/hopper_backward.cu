@@ -15,25 +15,28 @@
 // computes 64 dims, or the dims of a part of the queries where there are no more.
 //
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers 1, 2, a step:
-//           (TMA)        two stages <== q_empty, do_empty = |   issue S; issue dP
-//                                                           |   wait S; P
-//   warps   inspectors   K, once ======== inspected ======> |   wait dP; dS; dS to shared memory
-//   1 to 3  (BAND only)                                     |   issue dV
-//                                                           |   meet the others: dS is complete
-//   warps   writers,     dQ <============= DQ_FULL ======== |   issue dQ
-//   2, 3    one for each adds it to dq_sum                  |   wait dV, release dO; issue dK
-//           consumer     ================= DQ_EMPTY ======> |   wait dQ, hand it over
-//                                                           |   wait dK, release Q
+//           (TMA)        two stages <== q_empty, do_empty = |   issue S(i); issue dP(i)
+//                                                           |   wait S(i); P(i)
+//   warps   inspectors   K, once ======== inspected ======> |   wait dP(i); dS(i)
+//   1 to 3  (BAND only)                                     |   dS(i) to shared memory
+//                                                           |      == ds_full =======> both
+//   warps   writers,     dQ <============= DQ_FULL ======== |   issue dV(i)
+//   2, 3    one for each adds it to dq_sum                  |   wait ds_full; issue dQ(i - 1)
+//           consumer     ================= DQ_EMPTY ======> |   wait dV(i), release dO
+//                                                           |   issue dK(i)
+//                                                           |   wait dQ(i - 1), hand it over
+//                                                           |      == ds_empty ======> both
+//                                                           |   wait dK(i), release Q
 //
-// Lower case: mbarriers, one for each stage; upper case: named barriers. dS has two stages without
-// barriers of their own: who writes dS of step i has met the others in step i - 1, after they
-// waited for their dQ of step i - 2, which read the same stage.
+// Lower case: mbarriers, one for each stage; upper case: named barriers. dQ takes the dS of both
+// consumers. As it is computed a step late, they need not be in step: while one computes
+// exponentials, the other multiplies.
 //
 // Non-finite values, see nonfinite.cuh, matter in tiles of which some query does not see some key.
 // Those of Q and dO show in the row terms, for K there are inspectors. Where there are any in Q or
 // dO, the consumers take them out after S and dP, and set to NaN what sees them when the step is
-// done; where in K, they compute dQ anew. Missing queries and keys need no inspection: TMA fills up
-// with zeros.
+// done; where in K, they take them out in every step, and add NaN to dq_sum. Missing queries and keys
+// need no inspection: TMA fills up with zeros.
 #include "hopper_backward.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
@@ -52,6 +55,7 @@ struct Config {
     static constexpr int WEIGHT_STAGES = STAGES;               // of dS
     static constexpr int DQ_PARTS = CONSUMERS;
     static constexpr bool P_IN_REGISTERS = true;
+    static constexpr bool DQ_IS_LATE = true;
     static constexpr bool HAS_WRITERS = true;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = 24;
@@ -72,6 +76,7 @@ struct Consumer : BackwardConsumer<Config> {
     using typename Base::T;
     using Base::block, Base::index, Base::score, Base::TILE_M;
     using Base::leads, Base::release, Base::thread, Base::warp_row;
+    using Base::NOTHING, Base::IN_QUERIES, Base::IN_KEYS;
 
     using Scores = float[TILE_M / 2];           // accumulators, 64 x TILE_M of the warpgroup
     using Weights = uint32[TILE_M / 16][4];     // the same as operands of products
@@ -158,7 +163,7 @@ struct Consumer : BackwardConsumer<Config> {
     }
 
     // Zeros where a query does not see a key, or one of them does not exist.
-    DEVICE void mask(Scores& p, Scores& ds, const Step& step) const {
+    DEVICE void mask(Scores& values, const Step& step) const {
         const int32 start = lane_query(step.tile);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -167,9 +172,8 @@ struct Consumer : BackwardConsumer<Config> {
 #pragma unroll
             for (int j = 0; j < TILE_M / 4; ++j) {
                 const int query = j / 2 * 8 + j % 2;  // constants, counted from the lane's first
-                if (query < first || query > last) {
-                    p[j / 2 * 4 + 2 * r + j % 2] = 0;
-                    ds[j / 2 * 4 + 2 * r + j % 2] = 0;
+                if ((Config::BAND && query < first) || query > last) {
+                    values[j / 2 * 4 + 2 * r + j % 2] = 0;
                 }
             }
         }
@@ -226,59 +230,108 @@ struct Consumer : BackwardConsumer<Config> {
         arrive_named(Block::DQ_FULL + index, Block::DQ_THREADS);
     }
 
-    DEVICE void compute(const Step& step) {
-        const int stage = step.stage();
-        const auto q = block.q_tile(stage);
-        const auto do_ = block.do_tile(stage);
+    // P and dS of a step, rounded, and what non-finite values were found.
+    DEVICE uint32 compute_weights(Weights& p, Weights& ds, const Step& step) {
         Scores s, dp;
-        wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
+        wait_for(block.barrier(Block::Q_FULL + step.stage()), step.parity());
         wgmma_fence();
-        multiply_rows(s, block.k_tile(), first_row(), q, Config::HEAD_DIM);
-        wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
-        multiply_rows(dp, block.v_tile(), first_row(), do_, Config::HEAD_DIM_V);
-
-        Weights p, ds;
+        multiply_rows(s, block.k_tile(), first_row(), block.q_tile(step.stage()),
+                      Config::HEAD_DIM);
+        wait_for(block.barrier(Block::DO_FULL + step.stage()), step.parity());
+        multiply_rows(dp, block.v_tile(), first_row(), block.do_tile(step.stage()),
+                      Config::HEAD_DIM_V);
+        const bool partial = block.is_partial(step.tile);
         wgmma_wait<Config::SOFTCAP ? 0 : 1>();
         exponentiate(s, dp, step);
+        // This branch also keeps the compiler from moving the exponentials behind the wait for dP.
+        if (partial) mask(s, step);
+        round(p, s);
         wgmma_wait<0>();
         differentiate(s, dp, step);
-        uint32 found = 0;
-        if (block.is_partial(step.tile)) {
-            mask(s, dp, step);
-            found = this->remove_nonfinite(step);
-        }
-        found = recompute_from(found);  // no second copy of all that follows
-        round(p, s);
+        if (partial) mask(dp, step);  // P = 0 does not suffice where D is not finite
         round(ds, dp);
-        store_ds(ds, stage);
+        uint32 found = NOTHING;
+        if (partial || step.is_first() || this->found_in_keys) {
+            found = this->remove_nonfinite(step, partial);
+        }
+        return recompute_from(found);  // no second copy of all that follows
+    }
 
+    // Of the step before: nobody has to wait for the other's dS of the present one.
+    DEVICE void multiply_late_dq(DqSums& dq, uint32 index) const {
+        wait_for(block.barrier(Block::DS_FULL + index % Block::STAGES), index / Block::STAGES % 2);
         wgmma_fence();
-        add_weighted_rows(dv, p, do_);
+        multiply_dq(dq, index % Block::STAGES);
+    }
+
+    DEVICE void compute(const Step& step) {
+        const int stage = step.stage();
+        Weights p, ds;
+        const uint32 found = compute_weights(p, ds, step);
+        // The zeros before the first step count, too: they were in the other stage.
+        wait_for(block.barrier(Block::DS_EMPTY + stage), step.parity() ^ 1 ^ stage);
+        store_ds(ds, stage);
         fence_async_shared();
-        this->meet_consumers();
+        __syncwarp();
+        if (lane_index() == 0) arrive_at(block.barrier(Block::DS_FULL + stage));
+
         DqSums dq;
         wgmma_fence();
-        multiply_dq(dq, stage);
+        add_weighted_rows(dv, p, block.do_tile(stage));
+        multiply_late_dq(dq, step.index - 1);
         wgmma_wait<1>();
         release(Block::DO_EMPTY + stage);
-        add_weighted_rows(dk, ds, q);
+        add_weighted_rows(dk, ds, block.q_tile(stage));
         wgmma_wait<1>();
-        pass_dq(dq);
+        release(Block::DS_EMPTY + (stage ^ 1));
+        // Either way all warps meet, and have read the row terms, before one of them releases Q.
+        if (step.is_first()) {
+            sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
+        } else {
+            pass_dq(dq);
+        }
         wgmma_wait<0>();
         release(Block::Q_EMPTY + stage);
-        if (Config::BAND && found) spread_nonfinite(step);
+        if (Config::BAND && found) spread_nonfinite(step, found);
+    }
+
+    // What the first step takes for the dS before it: zeros. (A product that only some steps
+    // compute would make the compiler wait for every one of them.)
+    DEVICE void clear_ds() const {
+        const uint32 tile = block.ds_tile(Block::STAGES - 1).address;
+#pragma unroll 1
+        for (int i = this->all_thread() * CHUNK_BYTES; i < Block::DsTile::BYTES;
+             i += this->ALL_THREADS * CHUNK_BYTES) {
+            store_shared(tile + i, Chunk{});
+        }
+        fence_async_shared();
+        this->meet_consumers();
+    }
+
+    // dQ of the last step, of which `index` is the number.
+    DEVICE void finish_dq(uint32 index) {
+        this->remove_nonfinite_keys();
+        DqSums dq;
+        multiply_late_dq(dq, index);
+        wgmma_wait<0>();
+        pass_dq(dq);
     }
 
     // ---- non-finite values ----------------------------------------------------------------------
 
     // Sets to NaN what sees a non-finite value of Q, dO and K.
-    DEVICE void spread_nonfinite(const Step& step) {
+    DEVICE void spread_nonfinite(const Step& step, uint32 found) {
+        if (found & IN_QUERIES) spread_nonfinite_queries(step);
+        if (found & IN_KEYS) {
+            this->spread_nonfinite_keys(step);
+            this->restore_keys();
+        }
+    }
+    DEVICE void spread_nonfinite_queries(const Step& step) {
         this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
             spread_nonfinite_row(dk, query, block.params.head_dim, q);
             spread_nonfinite_row(dv, query, block.params.head_dim_v, do_);
         });
-        this->spread_nonfinite_keys(step);
-        this->restore_keys();
     }
     template <int COUNT>
     DEVICE void spread_nonfinite_row(float (&acc)[COUNT], int32 query, int32 cols,
@@ -324,11 +377,15 @@ struct Consumer : BackwardConsumer<Config> {
 
     DEVICE void run() {
         const TileRange tiles = block.query_tiles();
-        if (tiles.begin < tiles.end) wait_for(block.barrier(Block::KV_FULL), 0);
-        block.for_each_step([&](const Step& step) {
+        if (tiles.begin < tiles.end) {
+            clear_ds();
+            wait_for(block.barrier(Block::KV_FULL), 0);
+        }
+        const uint32 steps = block.for_each_step([&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
+        if (steps > 0) finish_dq(steps - 1);
         this->finish_reading(tiles);
         const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
         store(dv, 1, block.v_tile(), block.maps.dv);

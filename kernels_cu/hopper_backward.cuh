@@ -18,7 +18,7 @@
 #include "turns.cuh"
 
 // Config: the plan, and which pipeline it is for: DQ_PARTS, WEIGHT_STAGES (of dS and P),
-// P_IN_REGISTERS, HAS_WRITERS.
+// P_IN_REGISTERS, DQ_IS_LATE, HAS_WRITERS.
 template <class Config>
 struct BackwardBlock {
     using T = typename Config::Element;
@@ -48,6 +48,8 @@ struct BackwardBlock {
     static constexpr int TERMS_OFFSET = DQ_OFFSET + CONSUMERS * DQ_BYTES;
     static constexpr int TERMS_BYTES = Config::TILE_M / 2 * static_cast<int>(sizeof(Terms));
     static constexpr int BARRIERS_OFFSET = TERMS_OFFSET + STAGES * TERMS_BYTES;
+    // Of dS, with barriers of their own: where dQ is computed a step late.
+    static constexpr int DS_STAGES = Config::DQ_IS_LATE ? Config::WEIGHT_STAGES : 0;
 
     // mbarriers in shared memory; after them the inspectors' findings.
     enum Barrier {
@@ -56,7 +58,9 @@ struct BackwardBlock {
         Q_EMPTY = Q_FULL + STAGES,
         DO_FULL = Q_EMPTY + STAGES,
         DO_EMPTY = DO_FULL + STAGES,
-        INSPECTED = DO_EMPTY + STAGES,
+        DS_FULL = DO_EMPTY + STAGES,
+        DS_EMPTY = DS_FULL + DS_STAGES,
+        INSPECTED = DS_EMPTY + DS_STAGES,
         BARRIERS,
     };
     // Named barriers; from the second on one for each consumer.
@@ -83,6 +87,9 @@ struct BackwardBlock {
         }
         DEVICE uint32 parity() const {  // of the phase of the stage's barriers
             return index / STAGES % 2;
+        }
+        DEVICE bool is_first() const {
+            return index == 0;
         }
     };
 
@@ -161,7 +168,6 @@ struct BackwardBlock {
     DEVICE uint32 row_dots() const {
         return barrier(BARRIERS) + CHUNK_BYTES;
     }
-
     // By one thread, before all others start.
     DEVICE void init_barriers() const {
         init_barrier(barrier(KV_FULL), 1);
@@ -172,16 +178,21 @@ struct BackwardBlock {
             init_barrier(barrier(DO_FULL + stage), 1);
             init_barrier(barrier(DO_EMPTY + stage), CONSUMERS);
         }
+#pragma unroll
+        for (int stage = 0; stage < DS_STAGES; ++stage) {
+            init_barrier(barrier(DS_FULL + stage), 4 * CONSUMERS);  // warps
+            init_barrier(barrier(DS_EMPTY + stage), CONSUMERS);
+        }
         init_barrier(barrier(INSPECTED), INSPECTORS);
         fence_barrier_init();
     }
 
-    // Calls visit(step) for all steps of the block, in order.
+    // Calls visit(step) for all steps of the block, in order; returns their number.
     template <class Visit>
-    DEVICE void for_each_step(Visit visit) const {
+    DEVICE uint32 for_each_step(Visit visit) const {
         const TileRange tiles = query_tiles();
         Step step = {0, tiles.begin, 0};
-        if (tiles.begin == tiles.end) return;
+        if (tiles.begin == tiles.end) return 0;
 #pragma unroll 1
         while (step.head < params.group) {
             visit(step);
@@ -191,6 +202,7 @@ struct BackwardBlock {
             }
             step.index += 1;
         }
+        return step.index;
     }
 
     // Whether some query of a tile does not see some key of the block, or one does not exist.
@@ -328,11 +340,13 @@ struct BackwardConsumer {
     const Block& block;
     const int index;  // of the consumers
     Score<Config, float> score;
+    uint32 found_in_keys;  // IN_KEYS or NOTHING, known from the first step on
 
     DEVICE BackwardConsumer(const Block& block, int index)
         : block(block),
           index(index),
-          score(block.params, block.query_head(block.key_head(), 0)) {}
+          score(block.params, block.query_head(block.key_head(), 0)),
+          found_in_keys(NOTHING) {}
 
     DEVICE int thread() const {
         return threadIdx.x % WARPGROUP;
@@ -366,19 +380,34 @@ struct BackwardConsumer {
         }
     }
 
-    // Whether a partial tile of Q or dO, or K, has non-finite values, which are then taken out.
-    DEVICE uint32 remove_nonfinite(const Step& step) const {
-        if (!Config::BAND) return 0;
-        const uint32 found = keys_nonfinite() | queries_nonfinite(step);
-        if (found) {
-            meet_consumers();  // all have S and dP
+    // What non-finite values are taken out in a step: those of Q and dO if it is partial, those of K
+    // in every step, as its tile serves all of them.
+    enum Found : uint32 { NOTHING = 0, IN_QUERIES = 1, IN_KEYS = 2 };
+
+    // After S and dP.
+    DEVICE uint32 remove_nonfinite(const Step& step, bool partial) {
+        if (!Config::BAND) return NOTHING;
+        if (step.is_first()) found_in_keys = keys_nonfinite() ? IN_KEYS : NOTHING;
+        uint32 found = found_in_keys;
+        if (partial && queries_nonfinite(step)) found |= IN_QUERIES;
+        if (found == NOTHING) return found;
+        meet_consumers();  // all have S and dP
+        if (found & IN_QUERIES) {
             remove_nonfinite_values(block.q_tile(step.stage()));
             remove_nonfinite_values(block.do_tile(step.stage()));
-            remove_nonfinite_values(block.k_tile());
-            fence_async_shared();
-            meet_consumers();
         }
+        if (found & IN_KEYS) remove_nonfinite_values(block.k_tile());
+        fence_async_shared();
+        meet_consumers();
         return found;
+    }
+    // After the last step.
+    DEVICE void remove_nonfinite_keys() const {
+        if (found_in_keys == NOTHING) return;
+        meet_consumers();  // all have restored them
+        remove_nonfinite_values(block.k_tile());
+        fence_async_shared();
+        meet_consumers();
     }
 
     DEVICE uint32 keys_nonfinite() const {

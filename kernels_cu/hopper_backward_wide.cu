@@ -6,8 +6,8 @@
 //
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S = Q K^T; issue dP = dO V^T
-//                                                           |   wait S, dP; P, dS
-//   warps   inspectors   K, once ======== inspected ======> |   P, dS to shared memory
+//                                                           |   wait S; P, to shared memory
+//   warps   inspectors   K, once ======== inspected ======> |   wait dP; dS, to shared memory
 //   1 to 3  (BAND only)                                     |   meet the others: they are complete
 //                                                           |   issue dV^T += dO^T P
 //                                                           |   issue dQ^T = K^T dS^T
@@ -17,7 +17,8 @@
 //                                                           |   wait dK, release Q
 //
 // Lower case: mbarriers, one for each stage. Where P and dS have two stages, they need no barriers
-// of their own, as dS in hopper_backward.cu; where they have one, all meet once more before they
+// of their own: who writes those of step i has met the others in step i - 1, after they waited for
+// their products of step i - 2, which read the same stage. Where they have one, all meet once more before they
 // are stored.
 #include "hopper_backward.cuh"
 
@@ -37,6 +38,7 @@ struct Config {
     static constexpr int WEIGHT_STAGES = PLAN_WEIGHT_STAGES;   // of P and dS
     static constexpr int DQ_PARTS = HEAD_DIM / 64;
     static constexpr bool P_IN_REGISTERS = false;
+    static constexpr bool DQ_IS_LATE = false;
     static constexpr bool HAS_WRITERS = false;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
@@ -59,6 +61,7 @@ struct Consumer : BackwardConsumer<Config> {
     using typename Base::T;
     using Base::block, Base::index, Base::score, Base::TILE_M, Base::TILE_N;
     using Base::leads, Base::release, Base::thread, Base::warp_row;
+    using Base::NOTHING, Base::IN_QUERIES, Base::IN_KEYS;
     static constexpr int KEYS = TILE_N / Config::CONSUMERS;             // of S and dP
     static constexpr int PARTS = Config::DQ_PARTS / Config::CONSUMERS;  // blocks of 64 dims
 
@@ -123,31 +126,48 @@ struct Consumer : BackwardConsumer<Config> {
         wgmma_commit();
     }
 
-    // P and dS from S and dP, in place.
-    DEVICE void differentiate(Scores& s, Scores& dp, const Step& step) const {
+    // lse and D of a row of this lane's.
+    DEVICE RowTerms<float> load_terms(const Step& step, int r) const {
+        const int row = warp_row() + lane_index() / 4 + 8 * r;
+        const uint32 pair = block.terms(step.stage()) +
+                            row / 2 * static_cast<int>(sizeof(typename Block::Terms)) +
+                            row % 2 * static_cast<int>(sizeof(float));
+        return {load_shared<float>(pair), load_shared<float>(pair + 2 * sizeof(float))};
+    }
+
+    // P from S, in place. With a softcap, which needs S, also dP becomes (dP - D) * derivative.
+    DEVICE void exponentiate(Scores& s, Scores& dp, const Step& step) const {
         const int32 key = lane_key(), query = lane_query(step.tile);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const uint32 terms = block.terms(step.stage());
-            const int row = warp_row() + lane_index() / 4 + 8 * r;
-            const uint32 pair = terms + row / 2 * static_cast<int>(sizeof(typename Block::Terms));
-            const float lse = load_shared<float>(pair + row % 2 * 4);
-            const float dot = load_shared<float>(pair + row % 2 * 4 + 8);
+            const RowTerms<float> terms = load_terms(step, r);
 #pragma unroll
             for (int j = 0; j < KEYS / 4; ++j) {
                 const int x = j / 2 * 4 + 2 * r + j % 2;
                 float derivative;
                 const float exponent = score.modify_with_slope(
                     s[x], query + 8 * r, key + j / 2 * 8 + j % 2, derivative);
-                s[x] = exp2_real(exponent * score.factor - lse);
-                dp[x] = s[x] * (dp[x] - dot);
-                if constexpr (Config::SOFTCAP) dp[x] *= derivative;
+                s[x] = exp2_real(exponent * score.factor - terms.lse);
+                if constexpr (Config::SOFTCAP) dp[x] = (dp[x] - terms.dot) * derivative;
+            }
+        }
+    }
+
+    // dS from P and dP, in place of dP.
+    DEVICE void differentiate(const Scores& p, Scores& dp, const Step& step) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float dot = Config::SOFTCAP ? 0 : load_terms(step, r).dot;
+#pragma unroll
+            for (int j = 0; j < KEYS / 4; ++j) {
+                const int x = j / 2 * 4 + 2 * r + j % 2;
+                dp[x] = p[x] * (dp[x] - dot);
             }
         }
     }
 
     // Zeros where a query does not see a key, or one of them does not exist.
-    DEVICE void mask(Scores& p, Scores& ds, const Step& step) const {
+    DEVICE void mask(Scores& values, const Step& step) const {
         const int32 start = lane_key();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -157,8 +177,7 @@ struct Consumer : BackwardConsumer<Config> {
             for (int j = 0; j < KEYS / 4; ++j) {
                 const int key = j / 2 * 8 + j % 2;  // constants, counted from the lane's first
                 if (key < first || key > last) {
-                    p[j / 2 * 4 + 2 * r + j % 2] = 0;
-                    ds[j / 2 * 4 + 2 * r + j % 2] = 0;
+                    values[j / 2 * 4 + 2 * r + j % 2] = 0;
                 }
             }
         }
@@ -200,27 +219,38 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
+    // P and dS of a step to shared memory; returns what non-finite values were found.
+    DEVICE uint32 compute_weights(const Step& step) {
+        const int stage = step.stage();
+        Scores s, dp;
+        wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
+        wgmma_fence();
+        multiply_rows(s, block.q_tile(stage), block.k_tile());
+        wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
+        multiply_rows(dp, block.do_tile(stage), block.v_tile());
+        const bool partial = block.is_partial(step.tile);
+        wgmma_wait<Config::SOFTCAP ? 0 : 1>();
+        exponentiate(s, dp, step);
+        // This branch also keeps the compiler from moving the exponentials behind the wait for dP.
+        if (partial) mask(s, step);
+        if constexpr (Config::WEIGHT_STAGES == 1) this->meet_consumers();
+        store_scores(s, block.p_tile(stage));
+        wgmma_wait<0>();
+        differentiate(s, dp, step);
+        if (partial) mask(dp, step);  // P = 0 does not suffice where D is not finite
+        store_scores(dp, block.ds_tile(stage));
+        uint32 found = NOTHING;
+        if (partial || step.is_first() || this->found_in_keys) {
+            found = this->remove_nonfinite(step, partial);
+        }
+        return recompute_from(found);  // no second copy of all that follows
+    }
+
     DEVICE void compute(const Step& step) {
         const int stage = step.stage();
         const auto q = block.q_tile(stage);
         const auto do_ = block.do_tile(stage);
-        Scores s, dp;
-        wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
-        wgmma_fence();
-        multiply_rows(s, q, block.k_tile());
-        wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
-        multiply_rows(dp, do_, block.v_tile());
-        wgmma_wait<0>();
-        differentiate(s, dp, step);
-        uint32 found = 0;
-        if (block.is_partial(step.tile)) {
-            mask(s, dp, step);
-            found = this->remove_nonfinite(step);
-        }
-        found = recompute_from(found);  // no second copy of all that follows
-        if constexpr (Config::WEIGHT_STAGES == 1) this->meet_consumers();
-        store_scores(s, block.p_tile(stage));
-        store_scores(dp, block.ds_tile(stage));
+        const uint32 found = compute_weights(step);
         fence_async_shared();
         this->meet_consumers();
 
@@ -235,17 +265,22 @@ struct Consumer : BackwardConsumer<Config> {
         add_dq(dq, step);
         wgmma_wait<0>();
         release(Block::Q_EMPTY + stage);
-        if (Config::BAND && found) spread_nonfinite(step);
+        if (Config::BAND && found) spread_nonfinite(step, found);
     }
 
     // Sets to NaN what sees a non-finite value of Q, dO and K.
-    DEVICE void spread_nonfinite(const Step& step) {
+    DEVICE void spread_nonfinite(const Step& step, uint32 found) {
+        if (found & IN_QUERIES) spread_nonfinite_queries(step);
+        if (found & IN_KEYS) {
+            this->spread_nonfinite_keys(step);
+            this->restore_keys();
+        }
+    }
+    DEVICE void spread_nonfinite_queries(const Step& step) {
         this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
             spread_nonfinite_row(dk, query, block.params.head_dim, q);
             spread_nonfinite_row(dv, query, block.params.head_dim_v, do_);
         });
-        this->spread_nonfinite_keys(step);
-        this->restore_keys();
     }
     DEVICE void spread_nonfinite_row(Sums& acc, int32 query, int32 cols, const uint16* row) const {
         const auto seen = score.keys(query);

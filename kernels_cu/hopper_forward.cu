@@ -10,7 +10,8 @@
 //
 // Warpgroup 0 feeds the others, the consumers, each of which owns 64 rows. In step j a consumer
 // issues S(j) and, behind it, the product of P(j+1) and V(j+1), tile j + 1 being the one before:
-// the tensor cores compute the latter while the consumer turns S(j) into P(j).
+// the tensor cores compute the latter while the consumer turns S(j) into P(j). It takes its steps
+// with the tiles that its own 64 rows see, and lets pass the others that the item has.
 //
 //   warp 0     producer    Q ========= q_full =======> | consumers, a step:
 //              (TMA)         <======== q_empty ======= |   wait K(j); issue S(j)
@@ -262,11 +263,30 @@ struct Consumer {
         scale_o(rescale);
     }
 
-    DEVICE void walk_keys(const Item<Config>& item) {
-        const TileRange tiles = item.tiles;
+    // Tiles that only other consumers' rows see. The turns and the stages need this one, too: it
+    // takes a turn for each tile of the item, and releases a stage not before it is full, as its
+    // arrival would count for the phase before, nor before all its threads have seen that.
+    DEVICE void skip_tiles(int32 count) {
+#pragma unroll 1
+        for (; count > 0; --count) {
+            take_turn();
+            pass_turn();
+            wait_for(shared.k_full(k_ring.stage), k_ring.parity);
+            wait_for(shared.v_full(v_ring.stage), v_ring.parity);
+            sync_named(ALONE + group, WARPGROUP);
+            release(shared.k_empty(k_ring.stage));
+            release(shared.v_empty(v_ring.stage));
+            k_ring.advance();
+            v_ring.advance();
+        }
+    }
+
+    // All steps of `tiles`, but for the end of the last product.
+    DEVICE void walk_keys(const Item<Config>& item, const TileRange& tiles) {
         wait_for(shared.q_full(), q_ring.parity);
         q_ring.advance();
-        int32 tile = tiles.end - 1;
+        // Not in a uniform register, of which the products' addresses need many.
+        int32 tile = recompute_from(tiles.end - 1);
         first_step(item, tile--);
         // Tiles masked at their right end, full tiles, tiles masked at their left end. (A product
         // under an `if` would make the compiler wait for every one of them.)
@@ -371,13 +391,16 @@ struct Consumer {
             nonfinite = 0;
 #pragma unroll
             for (int n = 0; n < DIM_BLOCKS_V; ++n) o[0][n] = {};
-            walk_keys(item);
+            const TileRange tiles = item.tiles_of(item.first_row + group * ROWS, ROWS);
+            skip_tiles(item.tiles.end - tiles.end);
+            walk_keys(item, tiles);
             float scale[1][2], lse[1][2];
             softmax.finish(scale, lse);
             store_lse(item, lse);
             wgmma_wait<0>();
             release(shared.v_empty(v_ring.stage));
             v_ring.advance();
+            if constexpr (Config::BAND) skip_tiles(tiles.begin - item.recomputed_begin());
             scale_o(scale);
             if (leader) {
                 store_shared(shared.found_in_item(group), nonfinite);

@@ -32,8 +32,7 @@ struct alignas(CHUNK_BYTES) ItemWords {
 constexpr int32 NO_ITEM = -1;
 constexpr int ITEM_STAGES = 2;
 
-// TILE_M rows of one head, and the tiles of keys that they see: one at least, so that rows which
-// see nothing, too, have a tile, all of it masked.
+// TILE_M rows of one head, and the tiles of keys that they see.
 template <class Config>
 struct Item {
     const AttentionParams& params;
@@ -47,9 +46,7 @@ struct Item {
           words(words),
           first_row(load_shared<int32>(words)),
           score(params, index()) {
-        const int32 last_row = min(first_row + Config::TILE_M, params.seqlen_q) - 1;
-        tiles = visible_tiles(score.band, first_row, last_row, Config::TILE_N, params.seqlen_k);
-        tiles.end = max(tiles.end, tiles.begin + 1);
+        tiles = tiles_of(first_row, Config::TILE_M);
     }
 
     DEVICE bool exists() const {
@@ -66,6 +63,22 @@ struct Item {
         index.batch[2] = second.words[0];
         index.batch[3] = second.words[1];
         return index;
+    }
+
+    // The tiles that the rows from `first` on see, some or all of the item's: one at least, so that
+    // rows which see nothing, too, have a tile, all of it masked, and rows beyond the last one have
+    // one that this last row sees.
+    DEVICE TileRange tiles_of(int32 first, int32 rows) const {
+        const int32 last = min(first + rows, params.seqlen_q) - 1;
+        TileRange range = visible_tiles(score.band, min(first, last), last, Config::TILE_N,
+                                        params.seqlen_k);
+        if (range.end <= range.begin || last < first) range.end = range.begin + 1;
+        return range;
+    }
+
+    // tiles.begin, for what needs it at the item's end and has no register to keep it until then.
+    DEVICE int32 recomputed_begin() const {
+        return tiles_of(recompute_from(first_row), Config::TILE_M).begin;
     }
 };
 

@@ -80,6 +80,23 @@ CASES: dict[str, tuple[Any, ...]] = {
     "other head dim of v": ((), 1, 1, 130, 260, 192, 128, BFLOAT16, {}),
     "wide heads": ((), 2, 1, 140, 161, 256, 256, BFLOAT16, {"causal": True}),
     "tickets": ((), 2, 1, 260, 1030, 64, 64, BFLOAT16, {"window": (200, 0)}),
+    "consumers that see more or less": ((), 1, 1, 576, 576, 64, 64, BFLOAT16, {"causal": True}),
+    "consumers that see other keys": ((), 2, 1, 420, 420, 64, 64, FLOAT16, {"window": (20, 20)}),
+    "fewer keys, several tiles": ((), 1, 1, 500, 260, 64, 64, FLOAT16, {"causal": True}),
+    "consumers without rows": ((2,), 2, 1, 65, 700, 64, 64, BFLOAT16, {}),
+    "consumers without rows, masked": (
+        (2,),
+        2,
+        1,
+        65,
+        700,
+        64,
+        64,
+        FLOAT16,
+        {"window": (560, 0)},
+    ),
+    "consumers without rows or turns": ((), 2, 1, 60, 600, 256, 256, FLOAT16, {"causal": True}),
+    "consumers beyond what rows see": ((), 1, 1, 193, 193, 64, 64, FLOAT16, {"window": (5, 0)}),
     "the tiles of long rows": ((), 1, 1, 70, 4100, 128, 128, FLOAT16, {}),
 }
 
@@ -110,13 +127,25 @@ def test_strided_views(forward: Run, layout: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def test_nan_reaches_exactly_the_rows_that_see_it(forward: Run) -> None:
-    case = make_case((), 2, 1, 300, 300, 128, 128, BFLOAT16, seed=4, window=(50, 9))
+@pytest.mark.parametrize(
+    ("seqlen", "head_dim", "window", "keys"),
+    # In the second case the first consumer of rows 192 to 383 sees the whole tile of key 100, of
+    # which the other two see a part, and nothing of the tile of key 290.
+    [(300, 128, (50, 9), (140, 255)), (400, 64, (260, 0), (100, 290))],
+)
+def test_nan_reaches_exactly_the_rows_that_see_it(
+    forward: Run,
+    seqlen: int,
+    head_dim: int,
+    window: tuple[int, int],
+    keys: tuple[int, int],
+) -> None:
+    case = make_case((), 2, 1, seqlen, seqlen, head_dim, head_dim, BFLOAT16, seed=4, window=window)
     v = case.v.copy()
-    v[0, 140, 3], v[0, 255, 120] = np.nan, np.inf
     expected = forward(case)[0].astype(FLOAT32)
-    expected[:, 131:191, 3] = np.nan
-    expected[:, 246:, 120] = np.nan
+    for key, column, value in zip(keys, (3, 60), (np.nan, np.inf), strict=True):
+        v[0, key, column] = value
+        expected[:, key - window[1] : key + window[0] + 1, column] = np.nan
     got = forward(replace(case, v=v))[0].astype(FLOAT64)
     # An infinity that nothing hides stays one.
     got[~np.isfinite(got)] = np.nan

@@ -55,6 +55,11 @@ class HopperBackwardPlan(HopperPlan):
         return self.consumers
 
     @property
+    def barriers(self) -> int:
+        """Barriers in shared memory: full and empty ones of q, do and dS; two for all."""
+        return 6 * self.stages + 2
+
+    @property
     def passed_bytes(self) -> int:
         """Bytes of what consumers pass on: the stages of dS, and dQ."""
         dq = self.tile_m * dq_columns(self.head_dim) * SUM_BYTES
@@ -68,14 +73,13 @@ class HopperBackwardPlan(HopperPlan):
             for rows in (self.tile_n, self.tile_m)
         )
         row_terms = 2 * self.tile_m * SUM_BYTES
-        barriers = (2 + 4 * self.stages) * BARRIER_BYTES
         findings = 4 * 4 + 8
         return (
             SWIZZLE_ALIGNMENT
             + keys
             + self.stages * (queries + row_terms)
             + self.passed_bytes
-            + barriers
+            + self.barriers * BARRIER_BYTES
             + findings
         )
 
@@ -126,6 +130,11 @@ class HopperBackwardWidePlan(HopperBackwardPlan):
     def dq_parts(self) -> int:
         """Parts of a tile of dq_sum: blocks of 64 dims."""
         return self.head_dim // BOX_COLUMNS
+
+    @property
+    def barriers(self) -> int:
+        """Barriers in shared memory: full and empty ones of q and do; two for all."""
+        return 4 * self.stages + 2
 
     @property
     def passed_bytes(self) -> int:
@@ -181,36 +190,20 @@ class BackwardTiles(NamedTuple):
     tile_n: int = 128
     consumers: int = 2
     weight_stages: int | None = None  # of a `HopperBackwardWidePlan`
-    band: bool = True  # with causal or window, too
-    softcap: bool = True  # these two take registers
-    alibi: bool = True
-    min_head_dim: int = 0  # of q and k
-    min_seqlen: int = 0  # of queries
-
-    def suits(self, head_dim: int, seqlen_q: int, options: Mapping[str, bool]) -> bool:
-        """Whether a call is one of those."""
-        return (
-            head_dim >= self.min_head_dim
-            and seqlen_q >= self.min_seqlen
-            and not any(options[name] and not getattr(self, name) for name in options)
-        )
+    alibi: bool = True  # it takes registers
 
 
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
-    64: [BackwardTiles(64)],
+    64: [BackwardTiles(128, alibi=False), BackwardTiles(64)],
     96: [BackwardTiles(64)],
-    128: [
-        BackwardTiles(80, softcap=False, alibi=False, min_head_dim=96),
-        BackwardTiles(64),
-    ],
+    128: [BackwardTiles(64)],
     192: [BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1)],
     256: [BackwardTiles(64, tile_n=64, consumers=2, weight_stages=2)],
 }
 
 #: Of Q and dO.
 STAGES = 2
-
 
 def kernels(problem: Problem) -> tuple[str, ...]:
     """Return the kernels of a call's backward, in the order of their launches."""
@@ -223,9 +216,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
     options = score_options(problem, ("alibi_slopes",) if alibi else ())
     head_dim, head_dim_v = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
     widest = max(head_dim, head_dim_v)
-    row = next(
-        row for row in BACKWARD_TILES[widest] if row.suits(head_dim, problem.seqlen_q, options)
-    )
+    row = next(row for row in BACKWARD_TILES[widest] if row.alibi or not alibi)
     weight_stages = row.weight_stages
     wide = weight_stages is not None
     plan: dict[str, Any] = dict(
