@@ -10,7 +10,7 @@ import numpy as np
 
 from .arrays import dtypes
 from .attention import attention_backward, attention_forward
-from .cuda import hopper
+from .cuda import hopper, hopper_backward
 from .gpu import why_no_gpu
 from .problem import Precision
 
@@ -76,8 +76,10 @@ def compile(
     pairs = [(d, d) if isinstance(d, int) else d for d in head_dims]
     slopes = cupy.zeros(1, np.float32) if alibi else None
     # Two rows: with one, a causal mask would hide nothing and be dropped.
-    lengths = (2, *hopper.lengths()) if np.dtype(dtype).itemsize == 2 else (2,)
-    calls = list(itertools.product(pairs, masks, lengths))
+    lengths = {2}
+    if np.dtype(dtype).itemsize == 2:
+        lengths |= {*hopper.lengths(), *hopper_backward.lengths()}
+    calls = list(itertools.product(pairs, masks, sorted(lengths)))
     for (head_dim, head_dim_v), mask, keys in _with_bar(calls, progress):
         shapes = ((1, 2, head_dim), (1, keys, head_dim), (1, keys, head_dim_v))
         q, k, v = (cupy.zeros(shape, dtype) for shape in shapes)

@@ -198,13 +198,16 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (96, 96): [ForwardTiles(144, 2)],
     (128, 128): [
         ForwardTiles(176, 2, band=False, modified=False, min_seqlen=4096),
-        ForwardTiles(128, 2),
+        ForwardTiles(128, 2, min_seqlen=1024),
+        ForwardTiles(128, 2, band=False),
+        ForwardTiles(64, 2, stages=4),
     ],
     (192, 128): [ForwardTiles(128, 2, modified=False), ForwardTiles(112, 2)],
     (192, 192): [ForwardTiles(112, 2, modified=False), ForwardTiles(96, 2)],
     (256, 256): [
         ForwardTiles(80, 2, band=False, modified=False),
-        ForwardTiles(80, 2, pingpong=False, modified=False),
+        ForwardTiles(80, 2, pingpong=False, modified=False, min_seqlen=2048),
+        ForwardTiles(64, 2, modified=False),
         ForwardTiles(48, 2),
     ],
 }

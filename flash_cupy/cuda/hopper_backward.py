@@ -190,14 +190,30 @@ class BackwardTiles(NamedTuple):
     tile_n: int = 128
     consumers: int = 2
     weight_stages: int | None = None  # of a `HopperBackwardWidePlan`
-    alibi: bool = True  # it takes registers
+    alibi: bool = True  # these two take registers
+    softcap: bool = True
+    band: bool = False  # compiled for masks, with or without: here that takes fewer registers
+    min_head_dim: int = 0  # of q and k
+    min_seqlen: int = 0  # of keys
+
+    def suits(self, head_dim: int, seqlen_k: int, options: Mapping[str, bool]) -> bool:
+        """Whether a call is one of those."""
+        return (
+            head_dim >= self.min_head_dim
+            and seqlen_k >= self.min_seqlen
+            and (self.alibi or not options["alibi"])
+            and (self.softcap or not options["softcap"])
+        )
 
 
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
     64: [BackwardTiles(128, alibi=False), BackwardTiles(64)],
     96: [BackwardTiles(64)],
-    128: [BackwardTiles(64)],
+    128: [
+        BackwardTiles(80, alibi=False, softcap=False, band=True, min_head_dim=96, min_seqlen=2048),
+        BackwardTiles(64),
+    ],
     192: [BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1)],
     256: [BackwardTiles(64, tile_n=64, consumers=2, weight_stages=2)],
 }
@@ -216,7 +232,9 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
     options = score_options(problem, ("alibi_slopes",) if alibi else ())
     head_dim, head_dim_v = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
     widest = max(head_dim, head_dim_v)
-    row = next(row for row in BACKWARD_TILES[widest] if row.alibi or not alibi)
+    row = next(
+        row for row in BACKWARD_TILES[widest] if row.suits(head_dim, problem.seqlen_k, options)
+    )
     weight_stages = row.weight_stages
     wide = weight_stages is not None
     plan: dict[str, Any] = dict(
@@ -229,7 +247,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
         tile_n=row.tile_n,
         stages=STAGES,
         blocks_per_sm=1,
-        **options,
+        **{**options, "band": options["band"] or row.band},
         deterministic=deterministic,
     )
     if weight_stages is None:
@@ -286,6 +304,12 @@ def plan_store_dq(card: Card, problem: Problem, tensors: Mapping[str, Array]) ->
 def padded_head_dim(head_dim: int) -> int:
     """Return the head dim that kernels are compiled for; TMA fills up with zeros."""
     return next(padded for padded in BACKWARD_TILES if padded >= head_dim)
+
+
+def lengths() -> tuple[int, ...]:
+    """Return numbers of keys from which on calls may have other plans than with fewer keys."""
+    starts = {row.min_seqlen for rows in BACKWARD_TILES.values() for row in rows}
+    return tuple(sorted(starts - {0}))
 
 
 #: Which function plans which kernel of the family's backward.
