@@ -22,12 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import errors, reference, root_mean_square
-from cells import DIRECTIONS, DTYPES, MASKS, PRESETS, Cell, Grid, Preset
+from cells import DIRECTIONS, DTYPES, INPUTS, MASKS, PRESETS, Cell, Grid, Preset
 from machine import array_module, describe, slug
 from overheads import measure_overheads, overheads_table
 from peers import Competitor, Inputs, competitors, random_inputs
 from pictures import save_pictures
-from report import OURS, Record, causal_over_full, failures, ratios, summary, summary_table, table
+from report import (
+    OURS,
+    Record,
+    causal_over_full,
+    failures,
+    ratios,
+    read,
+    summary,
+    summary_table,
+    table,
+)
 from timing import alternate
 from tqdm import tqdm
 from transformer import Array
@@ -63,6 +73,7 @@ def measure(cell: Cell, present: Sequence[Competitor], seconds: float) -> Record
                 results[name] |= {"ms": time * 1e3, "tflops": cell.flops / time * 1e-12}
     return {
         **asdict(cell),
+        "variant": cell.variant,
         "flops": cell.flops,
         "reference_rms": {name: root_mean_square(truth) for name, truth in expected.items()},
         "results": results,
@@ -112,8 +123,7 @@ def measure_all(
     A competitor that runs out of memory, or fails otherwise, has the reason on record in the cell.
     """
     records: list[Record] = []
-    cells = list(dict.fromkeys(cell for grid in preset.grids for cell in grid.cells()))
-    with tqdm(cells, unit="cell", mininterval=1) as bar:
+    with tqdm(preset.cells(), unit="cell", mininterval=1) as bar:
         for cell in bar:
             bar.set_description(str(cell), refresh=False)
             release(present)  # before the inputs: they can be had from one pool alone
@@ -183,6 +193,10 @@ def parser() -> argparse.ArgumentParser:
     add("--peers", nargs="*", metavar="NAME", help="'torch flash', say; none: flash_cupy alone")
     add("--batch", type=int, help="default: the preset's, or what makes 16k tokens")
     add("--heads", type=int, help="default: the preset's, or what makes 2048 features")
+    add("--kv-heads", type=int, help="fewer heads of keys than of queries (default: as many)")
+    add("--window", type=int, help="keys that a query sees in a causal cell (default: all)")
+    add("--head-dim-v", type=int, help="features of v and o (default: the head dim)")
+    add("--inputs", choices=INPUTS, help="the entries (default: normal)")
     add("--seconds", type=float, default=0.3, help="to time one competitor in one cell (0.3)")
     add("--out", type=Path, default=Path(__file__).parent / "results", help="(bench/results)")
     add("--pictures-only", type=Path, nargs="+", metavar="JSON", help="draw these results, no more")
@@ -205,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options.parse_args(argv)
     if args.pictures_only:
         for path in args.pictures_only:
-            figures = json.loads(path.read_text(encoding="utf-8"))
-            print(*save_pictures(path, figures["header"], figures["cells"]), sep="\n")
+            print(*save_pictures(path, *read(path)), sep="\n")
         return 0
     try:
         xp = array_module(args.device)
@@ -235,6 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     preset = replace(preset, grids=tuple(replace(grid, **axes) for grid in preset.grids))
     if args.peers is not None:
         preset = replace(preset, peers=tuple(args.peers))
+    try:
+        preset.cells()
+    except ValueError as error:  # a window without a causal mask, say
+        options.error(str(error))
     custom = axes or args.peers is not None
     path = folder / f"{'custom' if custom else name}.json"
 

@@ -24,9 +24,12 @@ from flash_cupy.cuda import force_family
 
 _HALF = ("float16", "bfloat16")
 
+#: Of inputs with outliers: the share of these, and how much larger they are.
+OUTLIER_RATE, OUTLIER_FACTOR = 1e-3, 10
+
 
 class Inputs(NamedTuple):
-    """Arrays of a cell, (batch, heads, seqlen, head_dim) each."""
+    """Arrays of a cell, of its `shapes`."""
 
     q: Array
     k: Array
@@ -41,9 +44,14 @@ def random_inputs(cell: Cell, xp: Any) -> Inputs:
     drawn = "float64" if dtype == "float64" else "float32"
     if dtype == "bfloat16":
         import ml_dtypes  # noqa: F401  gives NumPy the name of the dtype
-    return Inputs(
-        *(rng.standard_normal(cell.shape, dtype=drawn).astype(np.dtype(dtype)) for _ in range(4))
-    )
+
+    def draw(shape: tuple[int, ...]) -> Array:
+        x = rng.standard_normal(shape, dtype=drawn)
+        if cell.inputs == "outliers":
+            x = xp.where(rng.random(shape, dtype=drawn) < OUTLIER_RATE, OUTLIER_FACTOR * x, x)
+        return x.astype(np.dtype(dtype))
+
+    return Inputs(*map(draw, cell.shapes))
 
 
 class Competitor(ABC):
@@ -52,6 +60,8 @@ class Competitor(ABC):
     name: str
     #: Timed by itself, since it holds N×N matrices between its passes.
     apart = False
+    #: Those axes of VARIANTS of which it takes the default alone.
+    lacks: tuple[str, ...] = ()
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -61,7 +71,7 @@ class Competitor(ABC):
 
     def takes(self, cell: Cell) -> bool:
         """Whether it is meant for the cell at all."""
-        return True
+        return not set(self.lacks) & set(cell.varied)
 
     @abstractmethod
     def forward(self, x: Inputs, cell: Cell) -> Any:
@@ -119,7 +129,7 @@ class Ours(Competitor):
 
     def options(self, cell: Cell) -> dict[str, Any]:
         """Options of every call; NumPy arrays stay on the CPU."""
-        options: dict[str, Any] = {"causal": cell.causal}
+        options = cell.visible
         if self.xp is np:
             options["device"] = "cpu"
         if cell.dtype == "tf32":
@@ -190,11 +200,11 @@ class Specification(Competitor):
 
     def forward(self, x: Inputs, cell: Cell) -> Array:
         """Compute o with all of S and P at once."""
-        return flash_cupy.dense_attention(x.q, x.k, x.v, causal=cell.causal, device="cpu")
+        return flash_cupy.dense_attention(x.q, x.k, x.v, device="cpu", **cell.visible)
 
     def vjp(self, x: Inputs, cell: Cell) -> tuple[Array, Callable[[], tuple[Array, ...]]]:
         """Compute o now; dq, dk and dv from q, k, v and do alone."""
-        o, backprop = dense_vjp(x.q, x.k, x.v, causal=cell.causal, device="cpu")
+        o, backprop = dense_vjp(x.q, x.k, x.v, device="cpu", **cell.visible)
         return o, lambda: backprop(x.do)
 
 
@@ -203,6 +213,7 @@ class Dense(Competitor):
 
     name = "dense"
     apart = True
+    lacks = ("kv_heads", "window")
 
     def forward(self, x: Inputs, cell: Cell) -> Array:
         """Compute O = P V."""
@@ -251,12 +262,13 @@ class Dense(Competitor):
 
 # ---------------------------------------------------------------------------------------- PyTorch
 
-#: Backends of scaled_dot_product_attention: our name, the dtypes it takes, whether it is dense.
+#: Backends of scaled_dot_product_attention: our name, the dtypes it takes, what it lacks, whether
+#: it is dense.
 TORCH_BACKENDS = {
-    "CUDNN_ATTENTION": ("torch cuDNN", _HALF, False),
-    "FLASH_ATTENTION": ("torch flash", _HALF, False),  # FlashAttention-2
-    "EFFICIENT_ATTENTION": ("torch efficient", (*_HALF, "float32"), False),
-    "MATH": ("torch math", (*_HALF, "float32", "float64"), True),
+    "CUDNN_ATTENTION": ("torch cuDNN", _HALF, ("window",), False),
+    "FLASH_ATTENTION": ("torch flash", _HALF, ("head_dim_v",), False),  # FlashAttention-2
+    "EFFICIENT_ATTENTION": ("torch efficient", (*_HALF, "float32"), ("window",), False),
+    "MATH": ("torch math", (*_HALF, "float32", "float64"), ("window",), True),
 }
 
 
@@ -266,21 +278,43 @@ class Torch(Competitor):
     def __init__(self, xp: Any, torch: Any, backend: str) -> None:
         super().__init__(xp)
         self.torch, self.backend = torch, backend
-        self.name, self.dtypes, self.apart = TORCH_BACKENDS[backend]
+        self.name, self.dtypes, self.lacks, self.apart = TORCH_BACKENDS[backend]
 
     def takes(self, cell: Cell) -> bool:
-        """Only dtypes that the backend has kernels for."""
-        return DTYPES[cell.dtype] in self.dtypes
+        """Only what the backend has kernels for."""
+        return DTYPES[cell.dtype] in self.dtypes and super().takes(cell)
 
     def attend(self, cell: Cell, q: Any, k: Any, v: Any) -> Any:
         """Compute o by this backend and no other."""
+        if cell.window is not None:
+            return self.attend_window(cell, q, k, v)
         attention = self.torch.nn.attention
         backend = getattr(attention.SDPBackend, self.backend)
         with attention.sdpa_kernel(backend), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why other backends do not apply
             return self.torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=cell.causal
+                q, k, v, is_causal=cell.causal, enable_gqa=cell.kv_heads is not None
             )
+
+    def attend_window(self, cell: Cell, q: Any, k: Any, v: Any) -> Any:
+        """Compute o by the operator under FLASH_ATTENTION, since the function takes no window.
+
+        Its arrays are (batch, seqlen, heads, features); it has a gradient.
+        """
+        left, right = cell.visible["window"]
+        o, *_ = self.torch.ops.aten._flash_attention_forward(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            cum_seq_q=None,
+            cum_seq_k=None,
+            max_q=cell.seqlen,
+            max_k=cell.seqlen,
+            dropout_p=0.0,
+            is_causal=False,  # the window is
+            return_debug_mask=False,
+            window_size_left=left,
+            window_size_right=right,
+        )
+        return o.transpose(1, 2)
 
     def forward(self, x: Inputs, cell: Cell) -> Any:
         """Compute o without what a backward pass needs."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import MASKS
+from machine import slug
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import OURS, Record, out_of_memory, peers_of
@@ -45,13 +46,13 @@ def _grouped(
 
 
 def _speed(header: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
-    """One picture for each dtype and pass: a row for each mask, a column for each head dim."""
+    """One picture for each dtype, pass and variant: a row a mask, a column a head dim."""
     timed = [record for record in records if any("ms" in r for r in record["results"].values())]
-    for (dtype, direction), group in _grouped(timed, ("dtype", "direction")):
+    for values, group in _grouped(timed, ("dtype", "direction", "variant")):
+        name = " ".join(values).rstrip()
         masks = [mask for mask in MASKS if any(r["mask"] == mask for r in group)]
         head_dims = sorted({record["head_dim"] for record in group})
-        title = f"{header['device']}: {dtype} {direction}"
-        figure, grid = _figure(title, group, len(masks), len(head_dims))
+        figure, grid = _figure(f"{header['device']}: {name}", group, len(masks), len(head_dims))
         for row, mask in enumerate(masks):
             for column, head_dim in enumerate(head_dims):
                 axes = grid[row][column]
@@ -60,16 +61,17 @@ def _speed(header: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple[
                 axes.set(title=f"head dim {head_dim}, {mask}", ylabel="TFLOP/s")
                 axes.set_ylim(bottom=0)
         grid[0][0].legend(fontsize="small")
-        yield f"{dtype}-{direction}", figure
+        yield slug(name), figure
 
 
 def _memory(header: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
     """One picture for each shape but for its length: a row for each mask, a column a pass."""
-    shape = ("dtype", "head_dim", "batch", "heads")
-    for (dtype, head_dim, batch, heads), group in _grouped(records, shape):
+    shape = ("dtype", "head_dim", "batch", "heads", "variant")
+    for (dtype, head_dim, batch, heads, variant), group in _grouped(records, shape):
         masks = [mask for mask in MASKS if any(r["mask"] == mask for r in group)]
         directions = list(dict.fromkeys(record["direction"] for record in group))
         title = f"{header['device']}: {dtype}, head dim {head_dim}, {batch} × {heads} heads"
+        title += variant and f", {variant}"
         figure, grid = _figure(title, group, len(masks), len(directions))
         for row, mask in enumerate(masks):
             for column, direction in enumerate(directions):
@@ -79,7 +81,7 @@ def _memory(header: dict[str, Any], records: Sequence[Record]) -> Iterator[tuple
                 _draw_limit(axes, panel, header.get("memory_bytes"))
                 axes.set(title=f"{direction}, {mask}", ylabel="peak memory, GiB", yscale="log")
         grid[0][0].legend(fontsize="small")
-        yield f"memory-{dtype}-d{head_dim}-b{batch}-h{heads}", figure
+        yield slug(f"memory {dtype} d{head_dim} b{batch} h{heads} {variant}"), figure
 
 
 def _figure(title: str, records: Sequence[Record], rows: int, columns: int) -> tuple[Figure, Any]:

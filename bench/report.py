@@ -1,20 +1,28 @@
 """What the records say: ratios, geometric means, worst cells, tables.
 
-A record is a dict: the fields of a `Cell`, ``flops``, ``reference_rms`` and ``results``, which maps
-a competitor to its ``ms``, ``tflops``, ``peak_bytes`` and ``errors``, or to the reason for which it
-``failed``; and ``ratios`` of our speed to that of each other competitor.
+A record is a dict: the fields of a `Cell`, its ``variant`` and ``flops``, ``reference_rms`` and
+``results``, which maps a competitor to its ``ms``, ``tflops``, ``peak_bytes`` and ``errors``, or to
+the reason for which it ``failed``; and ``ratios`` of our speed to that of each other competitor.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 Record: TypeAlias = dict[str, Any]
 
 OURS = "flash_cupy"
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """Read the header and the records of a file; older ones are of a time before variants."""
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    return figures["header"], [{"variant": "", **record} for record in figures["cells"]]
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
@@ -49,11 +57,14 @@ def peers_of(records: Sequence[Record]) -> list[str]:
 
 
 def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Geometric mean and worst cell of our ratio to each peer, and of errors, by dtype and pass."""
+    """Geometric mean and worst cell of our ratio to each peer, and of errors.
+
+    By dtype, pass and variant.
+    """
     rows = []
-    groups = dict.fromkeys((record["dtype"], record["direction"]) for record in records)
-    for dtype, direction in groups:
-        group = [r for r in records if (r["dtype"], r["direction"]) == (dtype, direction)]
+    keys = ("dtype", "direction", "variant")
+    for values in dict.fromkeys(tuple(record[key] for key in keys) for record in records):
+        group = [record for record in records if tuple(record[key] for key in keys) == values]
         for peer in peers_of(group):
             met = [record for record in group if peer in record["ratios"]]
             if not met:
@@ -67,8 +78,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
             }
             rows.append(
                 {
-                    "dtype": dtype,
-                    "direction": direction,
+                    **dict(zip(keys, values, strict=True)),
                     "peer": peer,
                     "cells": len(met),
                     "geometric_mean": geometric_mean(r["ratios"][peer] for r in met),
@@ -85,7 +95,7 @@ def summary(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def causal_over_full(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Our time with a causal mask over that without, wherever both were measured."""
-    axes = ("batch", "heads", "seqlen", "head_dim", "dtype", "direction")
+    axes = ("batch", "heads", "seqlen", "head_dim", "dtype", "direction", "variant")
     times = {
         (record["mask"], *(record[axis] for axis in axes)): record["results"][OURS]["ms"]
         for record in records
@@ -137,9 +147,9 @@ def _figure(record: Record, name: str, quantity: str) -> str:
 
 def table(records: Sequence[Record], quantity: str) -> str:
     """Lay out 'tflops', with our ratio to each peer in brackets, or 'peak_bytes', in MiB."""
-    keys = ("dtype", "direction", "head_dim", "mask", "seqlen", "batch", "heads")
+    keys = ("dtype", "direction", "head_dim", "mask", "seqlen", "batch", "heads", "variant")
     names = [OURS, *peers_of(records)]
-    rows = [["dtype", "pass", "D", "mask", "N", "B", "H", *names]]
+    rows = [["dtype", "pass", "D", "mask", "N", "B", "H", "variant", *names]]
     for record in records:
         cell = [str(record[key]) for key in keys]
         rows.append(cell + [_figure(record, name, quantity) for name in names])
@@ -148,13 +158,13 @@ def table(records: Sequence[Record], quantity: str) -> str:
 
 def summary_table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay out a `summary`."""
-    head = ["dtype", "pass", "ours over", "cells", "mean", "worst", "where", "mean by D"]
+    head = ["dtype", "pass", "variant", "ours over", "cells", "mean", "worst", "where", "mean by D"]
     lines = [[*head, "our error / theirs"]]
     for row in rows:
         worst, error = row["worst"], row["worst_error_ratio"]
         lines.append(
             [
-                *(str(row[key]) for key in ("dtype", "direction", "peer", "cells")),
+                *(str(row[key]) for key in ("dtype", "direction", "variant", "peer", "cells")),
                 f"{row['geometric_mean']:.2f}",
                 f"{worst['ratio']:.2f}",
                 f"D{worst['head_dim']} N{worst['seqlen']} {worst['mask']}",

@@ -50,7 +50,7 @@ METRICS = {
 
 #: The setting of figure 2 (left) of Dao et al. (2022), forward and backward, and their figures, of
 #: an A100. How they count operations is not said; ours are those of all matrix products.
-PAPER_SHAPE = {"batch": 64, "heads": 16, "seqlen": 1024, "head_dim": 64}
+PAPER_SHAPE: dict[str, Any] = {"batch": 64, "heads": 16, "seqlen": 1024, "head_dim": 64}
 PAPER = {
     "dense": {"gflop": 66.6, "gigabytes": 40.3, "ms": 41.7},
     "flash": {"gflop": 75.2, "gigabytes": 4.4, "ms": 7.3},

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +23,22 @@ import pictures
 import pytest
 import report
 import timing
-from cells import DIRECTIONS, PRESETS, Cell, Grid
+from cells import DIRECTIONS, PRESETS, VARIANTS, Cell, Grid
 
 import flash_cupy
 from flash_cupy import cuda
 from flash_cupy.cuda.launch import Gpu
 
 CELL = Cell(batch=2, heads=3, seqlen=50, head_dim=8, mask="full", dtype="float32", direction="both")
+
+CASES = [
+    {"mask": "full"},
+    {"mask": "causal"},
+    {"mask": "causal", "window": 9},
+    {"mask": "full", "heads": 6, "kv_heads": 2},
+    {"mask": "causal", "window": 40, "heads": 6, "kv_heads": 2, "head_dim_v": 5},
+    {"mask": "full", "inputs": "outliers"},
+]
 
 # ---------------------------------------------------------------------------- cells and statistics
 
@@ -41,6 +50,51 @@ def test_flops_by_hand() -> None:
     assert replace(cell, direction="backward").flops == 2.5 * 6144
     assert replace(cell, direction="deterministic").flops == 2.5 * 6144
     assert replace(cell, direction="both").flops == 3.5 * 6144
+
+
+def test_flops_of_variants_by_hand() -> None:
+    cell = Cell(2, 3, 8, 4, "full", "float32", "forward")
+    assert replace(cell, kv_heads=1, inputs="outliers").flops == cell.flops
+    # Q Kᵀ over 4 features and P V over 2; backward Q Kᵀ, dS K, dSᵀ Q and dO Vᵀ, Pᵀ dO.
+    assert replace(cell, head_dim_v=2).flops == 2 * 2 * 3 * 8 * 8 * (4 + 2)
+    wide = replace(cell, head_dim_v=2, direction="backward")
+    assert wide.flops == 2 * 2 * 3 * 8 * 8 * (3 * 4 + 2 * 2)
+    assert replace(wide, direction="both").flops == 2 * 2 * 3 * 8 * 8 * (4 * 4 + 3 * 2)
+
+
+def test_flops_count_the_pairs_in_the_window() -> None:
+    whole = Cell(1, 1, 8192, 128, "causal", "float32", "forward")
+    assert replace(whole, window=8192).flops == replace(whole, window=9000).flops == whole.flops
+    for window in (1, 1024, 8191):
+        pairs = sum(min(i + 1, window) for i in range(8192))
+        flops = replace(whole, window=window).flops
+        assert flops == pytest.approx(4 * pairs * 128, abs=4 * 8192 / 2 * 128)  # half the diagonal
+
+
+def test_variant_names_what_is_not_the_default() -> None:
+    causal = replace(CELL, mask="causal")
+    assert causal.variant == ""
+    assert replace(causal, kv_heads=1, window=8).variant == "Hkv1 W8"
+    assert str(replace(causal, head_dim_v=4, inputs="outliers")).endswith("both Dv4 outliers")
+    assert str(causal).endswith("float32 both")
+
+
+def test_cells_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="kv_heads: got 2, takes a divisor of 3"):
+        replace(CELL, kv_heads=2)
+    with pytest.raises(ValueError, match="window: got 8 and mask full, takes"):
+        replace(CELL, window=8)
+    with pytest.raises(ValueError, match="window: got 0 and mask causal, takes a number from 1"):
+        replace(CELL, window=0, mask="causal")
+
+
+def test_variants_are_short_cells() -> None:
+    cells = PRESETS["variants"].cells()
+    assert len(cells) == len(set(cells)) == 8 + 2 + 16 + 8 + 16 + 4
+    assert {cell.variant for cell in cells} == {"", "Hkv8", "W1024", "Dv128", "outliers"}
+    usual = Cell(2, 16, 8192, 128, "full", "bfloat16", "backward")
+    assert max(cell.flops for cell in cells) <= 2 * usual.flops
+    assert {cell.batch * cell.seqlen for cell in cells if cell.kv_heads} == {4096, 8192}
 
 
 def test_grids_fill_up_to_16k_tokens_of_2048_features() -> None:
@@ -75,7 +129,7 @@ def record(cell: Cell, times: dict[str, float | str]) -> report.Record:
         else {"ms": ms, "tflops": cell.flops / ms * 1e-9, "peak_bytes": 2**20, "errors": {}}
         for name, ms in times.items()
     }
-    axes = {name: getattr(cell, name) for name in cell.__dataclass_fields__}
+    axes = {**asdict(cell), "variant": cell.variant}
     return {**axes, "results": results, "ratios": report.ratios(results)}
 
 
@@ -93,6 +147,34 @@ def test_summary_by_hand() -> None:
     assert row["by_head_dim"] == {"8": pytest.approx(2), "16": pytest.approx(2)}
     assert row["worst"] == {"ratio": 0.5, "head_dim": 16, "seqlen": 70, "mask": "full"}
     assert "D16 N70 full" in report.summary_table([row])
+
+
+def test_variants_are_kept_apart() -> None:
+    """In means, in pairs of masks and in tables."""
+    causal = replace(CELL, mask="causal")
+    cells = {CELL: 2.0, causal: 1.0, replace(causal, window=8): 0.5, replace(CELL, kv_heads=1): 4.0}
+    records = [record(cell, {"flash_cupy": ms, "dense": 4.0}) for cell, ms in cells.items()]
+    rows = report.summary(records)
+    assert [(row["variant"], row["cells"]) for row in rows] == [("", 2), ("W8", 1), ("Hkv1", 1)]
+    assert [pair["variant"] for pair in report.causal_over_full(records)] == [""]
+    for printed in (report.table(records, "tflops"), report.summary_table(rows)):
+        assert [line.count("W8") for line in printed.splitlines()].count(1) == 1
+        assert "Hkv1" in printed
+
+
+def test_records_from_before_variants(tmp_path: Path) -> None:
+    records = [record(replace(CELL, seqlen=n), {"flash_cupy": 1.0, "dense": 2.0}) for n in (8, 16)]
+    for old in records:
+        for name in ("variant", *VARIANTS):
+            del old[name]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"header": {"device": "a card"}, "cells": records}))
+    header, read = report.read(path)
+    assert report.summary(read)[0]["cells"] == 2
+    assert "variant" in report.table(read, "tflops")
+    assert [name for name, _ in pictures._speed(header, read)] == ["float32-both"]
+    assert attention.main(["--pictures-only", str(path)]) == 0
+    assert (tmp_path / "old-memory-float32-d8-b2-h3.png").exists()
 
 
 def test_errors_are_compared_where_both_are_known() -> None:
@@ -154,34 +236,37 @@ def test_cpu_timer() -> None:
 # ----------------------------------------------------------------------------------------- accuracy
 
 
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference_is_the_specification_in_float64(
-    mask: str, monkeypatch: pytest.MonkeyPatch
+    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cell = replace(CELL, mask=mask)
+    cell = replace(CELL, **case)
     x = peers.random_inputs(cell, np)
-    q, k, v, do = (array[-1, -1].astype(np.float64) for array in x)
-    options = {"causal": cell.causal, "device": "cpu"}
+    q, k, v, do = (array[-1].astype(np.float64) for array in x)
+    window = (cell.window - 1, None) if cell.window else None
+    options = {"causal": cell.mask == "causal", "window": window, "device": "cpu"}
     o = flash_cupy.dense_attention(q, k, v, **options)
-    grads = flash_cupy.dense_attention_backward(do, q, k, v, **options)
+    dq, dk, dv = flash_cupy.dense_attention_backward(do, q, k, v, **options)
+    group = 3 if cell.kv_heads else 1
+    o, dq, dk, dv = o[-group:], dq[-group:], dk[-1:], dv[-1:]
     monkeypatch.setattr(accuracy, "BLOCK_ROWS", 16)
     expected = accuracy.reference(x, cell, np)
-    for name, truth in zip(("o", "dq", "dk", "dv"), (o, *grads), strict=True):
+    for name, truth in {"o": o, "dq": dq, "dk": dk, "dv": dv}.items():
         np.testing.assert_allclose(expected[name], truth, rtol=1e-12, atol=1e-14)
 
     monkeypatch.setattr(accuracy, "WHOLE_SEQLEN", 32)
     last = accuracy.reference(x, cell, np)
     assert set(last) == {"o", "dq"}
-    np.testing.assert_allclose(last["o"], o[-16:], rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(last["dq"], grads[0][-16:], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(last["o"], o[:, -16:], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(last["dq"], dq[:, -16:], rtol=1e-12, atol=1e-14)
 
 
 def test_errors_by_hand() -> None:
-    truth = np.ones((4, 2))
-    result = np.full((2, 3, 5, 2), 9.0, np.float32)  # only the last head and rows count
-    result[-1, -1, -4:] = 1
+    truth = np.ones((2, 4, 2))
+    result = np.full((2, 3, 5, 2), 9.0, np.float32)  # only the last heads and rows count
+    result[-1, -2:, -4:] = 1
     result[-1, -1, -1] = (1 - 0.5, 1 + 0.25)
-    rms = ((0.5**2 + 0.25**2) / 8) ** 0.5
+    rms = ((0.5**2 + 0.25**2) / 16) ** 0.5
     assert accuracy.errors({"o": result}, {"o": truth}) == {
         "o": {"rms": pytest.approx(rms), "max": 0.5}
     }
@@ -190,26 +275,29 @@ def test_errors_by_hand() -> None:
 # ------------------------------------------------------------------------------------- competitors
 
 
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_competitors_agree(direction: str, mask: str) -> None:
-    cell = replace(CELL, direction=direction, mask=mask)
+def test_competitors_agree(direction: str, case: dict[str, Any]) -> None:
+    cell = replace(CELL, direction=direction, **case)
     x = peers.random_inputs(cell, np)
+    assert tuple(array.shape for array in x) == cell.shapes
     expected = accuracy.reference(x, cell, np)
     for competitor in [*peers.competitors(np), peers.Dense(np)]:
+        if not competitor.takes(cell) and isinstance(competitor, peers.Dense):
+            continue
         trial = attention.trial(competitor, x, cell, expected)
         assert tuple(trial["errors"]) == cell.results
         assert all(error["max"] < 1e-5 for error in trial["errors"].values()), competitor.name
         assert trial["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("case", [case for case in CASES if "window" not in case], ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_torch_agrees(direction: str, mask: str) -> None:
+def test_torch_agrees(direction: str, case: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     competitor = peers.Torch(np, torch, "MATH")
     competitor.peak_bytes = peers.Ours(np).peak_bytes  # PyTorch's own is of a GPU
-    cell = replace(CELL, direction=direction, mask=mask)
+    cell = replace(CELL, direction=direction, **case)
     x = peers.random_inputs(cell, np)
     trial = attention.trial(competitor, x, cell, accuracy.reference(x, cell, np))
     assert all(error["max"] < 1e-5 for error in trial["errors"].values())
@@ -280,6 +368,74 @@ def test_torch_backends_take_the_dtypes_they_have_kernels_for() -> None:
     assert taking["float64"] == ["MATH"]
 
 
+def test_peers_take_the_variants_they_have_kernels_for() -> None:
+    half = replace(CELL, dtype="bfloat16", mask="causal", heads=4)
+    present = [peers.Ours(np), peers.Dense(np)]
+    present += [peers.Torch(np, None, backend) for backend in peers.TORCH_BACKENDS]
+
+    def missing(**axes: Any) -> set[str]:
+        return {peer.name for peer in present if not peer.takes(replace(half, **axes))}
+
+    others = {"torch cuDNN", "torch efficient", "torch math"}
+    assert missing() == missing(inputs="outliers") == set()
+    assert missing(window=8) == {"dense", *others}
+    assert missing(kv_heads=2) == {"dense"}
+    assert missing(head_dim_v=4) == {"torch flash"}
+
+
+class FakeTensor:
+    """An array that is transposed like a tensor of PyTorch."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def transpose(self, one: int, other: int) -> FakeTensor:
+        return FakeTensor(self.array.swapaxes(one, other))
+
+
+def test_torch_flash_has_the_window_from_the_operator_under_it() -> None:
+    """Its arguments and results as in PyTorch 2.11, its arrays (batch, seqlen, heads, features)."""
+
+    def operator(
+        query: FakeTensor,
+        key: FakeTensor,
+        value: FakeTensor,
+        cum_seq_q: None,
+        cum_seq_k: None,
+        max_q: int,
+        max_k: int,
+        dropout_p: float,
+        is_causal: bool,
+        return_debug_mask: bool,
+        *,
+        scale: float | None = None,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+    ) -> tuple[Any, ...]:
+        assert not is_causal and (max_q, max_k) == (50, 50)
+        q, k, v = (x.transpose(1, 2).array for x in (query, key, value))
+        window = (window_size_left, window_size_right)
+        o = flash_cupy.dense_attention(q, k, v, window=window, device="cpu")
+        return FakeTensor(o).transpose(1, 2), None, None, None, None
+
+    aten = SimpleNamespace(_flash_attention_forward=operator)
+    torch = SimpleNamespace(ops=SimpleNamespace(aten=aten))
+    cell = replace(CELL, mask="causal", window=9, heads=6, kv_heads=2)
+    x = peers.random_inputs(cell, np)
+    o = peers.Torch(np, torch, "FLASH_ATTENTION").attend(cell, *map(FakeTensor, x[:3]))
+    np.testing.assert_allclose(o.array, peers.Ours(np).forward(x, cell), rtol=1e-5, atol=1e-6)
+
+
+def test_outliers_are_few_and_large() -> None:
+    cell = replace(CELL, seqlen=4000, batch=1, dtype="float64")
+    usual = peers.random_inputs(replace(cell, head_dim=1), np)
+    assert max(abs(array).max() for array in usual) < 8
+    for array in peers.random_inputs(replace(cell, inputs="outliers"), np):
+        assert array.shape == cell.shape
+        assert 1e-4 < (abs(array) > 6).mean() < 1e-3  # of those 10 times as large 55 %
+        assert abs(array).max() > 10
+
+
 def test_torch_that_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     assert peers.torch_peers(np) == []
@@ -301,7 +457,7 @@ def test_torch_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_competitor_has_a_colour() -> None:
     present = [*peers.competitors(np), peers.Dense(np), peers.OursPortable(np)]
     names = {peer.name for peer in present}
-    names |= {name for name, _, _ in peers.TORCH_BACKENDS.values()}
+    names |= {name for name, *_ in peers.TORCH_BACKENDS.values()}
     assert names == set(pictures.COLOURS)
 
 
@@ -411,8 +567,25 @@ def test_chosen_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert message in capsys.readouterr().err
 
 
-def test_dense_attention_is_among_the_peers() -> None:
-    assert PRESETS["peers"].peers is None
+def test_program_with_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    variant = "--masks causal --kv-heads 1 --window 9 --head-dim-v 4 --inputs outliers"
+    status, figures, path = run(tmp_path, *variant.split())
+    assert status == 0
+    for cell in figures["cells"]:
+        axes = {name: cell[name] for name in VARIANTS}
+        assert axes == {"kv_heads": 1, "window": 9, "head_dim_v": 4, "inputs": "outliers"}
+        assert set(cell["results"]) == {"flash_cupy", "dense_attention"}
+    assert "Hkv1 W9 Dv4 outliers" in capsys.readouterr().out
+    assert (path.parent / "custom-float32-forward-hkv1-w9-dv4-outliers.png").exists()
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, "--window", "9")
+    assert "window: got 9 and mask full" in capsys.readouterr().err
+
+
+def test_presets_name_peers_that_there_are() -> None:
+    names = {name for preset in PRESETS.values() for name in preset.peers or ()}
+    assert names <= set(pictures.COLOURS)
+    assert PRESETS["peers"].peers == ("torch cuDNN", "torch flash", "flash_cupy portable")
 
 
 def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
