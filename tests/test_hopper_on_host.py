@@ -64,6 +64,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "rows that see nothing": ((), 2, 2, 420, 67, 64, 64, BFLOAT16, {"causal": True}),
     "window": ((), 1, 1, 340, 340, 64, 64, FLOAT16, {"window": (30, 10)}),
     "grouped heads and a batch": ((2,), 4, 2, 140, 270, 128, 128, BFLOAT16, {"causal": True}),
+    "short queries of groups": ((2,), 8, 2, 3, 150, 64, 64, BFLOAT16, {"softcap": 4.0}),
     "several items a block": ((2,), 8, 2, 260, 150, 128, 128, FLOAT16, {}),
     "softcap and alibi": (
         (2,),

@@ -18,6 +18,7 @@ CASES = {
     "causal, more queries": ((), 1, 1, 150, 67, 32, 32, BFLOAT16, {"causal": True}),
     "window": ((), 1, 1, 140, 140, 64, 64, FLOAT16, {"window": (30, 10)}),
     "grouped heads and a batch": ((2,), 4, 2, 40, 70, 64, 64, BFLOAT16, {"causal": True}),
+    "short queries of groups": ((2,), 8, 2, 3, 70, 64, 64, FLOAT16, {}),
     "softcap": ((), 1, 1, 65, 65, 64, 64, FLOAT16, {"softcap": 2.0, "causal": True}),
     "alibi": ((2,), 2, 1, 65, 70, 64, 64, FLOAT16, {"alibi": True, "window": (None, 3)}),
     "other head dim of v": ((), 1, 1, 33, 65, 96, 40, BFLOAT16, {}),

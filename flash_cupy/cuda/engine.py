@@ -14,6 +14,7 @@ from ..arrays import Array, address, namespace, sum_to
 from ..problem import Problem
 from . import hopper, hopper_backward
 from .launch import Launch, Machine
+from .packing import pack_groups
 from .plan import padded_head_dim, plan_kernel, score_options
 from .tensors import OF_Q_DTYPE, WIDEST_ACCESS, access_bytes, fill_params
 
@@ -78,10 +79,10 @@ class CudaEngine:
         """Compute the output O and the log-sum-exp L into o and lse."""
         tensors = self._inputs(problem, {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes})
         tensors |= {"o": self._writable(o), "lse": lse}
-        call = Call(problem, tensors)
+        call = Call(*pack_groups(problem, tensors))
         if self._family(call) == "hopper":
-            if hopper.is_dynamic(problem):
-                tensors["tickets"] = self.machine.zero()
+            if hopper.is_dynamic(call.problem):
+                call.tensors["tickets"] = self.machine.zero()
             self._run("hopper_forward", call)
         else:
             self._run("attention_forward", call)
@@ -110,7 +111,7 @@ class CudaEngine:
             tensors["dlse"] = dlse
         with full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv):
             tensors |= {name: self._writable(x) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))}
-            call = Call(problem, tensors)
+            call = Call(*pack_groups(problem, tensors))
             if self._family(call) == "hopper":
                 self._hopper_backward(call, deterministic)
             else:

@@ -221,6 +221,7 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
 #: Of Q and dO.
 STAGES = 2
 
+
 def kernels(problem: Problem) -> tuple[str, ...]:
     """Return the kernels of a call's backward, in the order of their launches."""
     return ("hopper_row_dots", choose_plan(problem, False, False).kernel, "hopper_store_dq")
