@@ -35,8 +35,8 @@
 // Non-finite values, see nonfinite.cuh, matter in tiles of which some query does not see some key.
 // Those of Q and dO show in the row terms, for K there are inspectors. Where there are any in Q or
 // dO, the consumers take them out after S and dP, and set to NaN what sees them when the step is
-// done; where in K, they take them out in every step, and add NaN to dq_sum. Missing queries and keys
-// need no inspection: TMA fills up with zeros.
+// done; where in K, they take them out in every step, and add NaN to dq_sum. Missing queries and
+// keys need no inspection: TMA fills up with zeros.
 #include "hopper_backward.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.

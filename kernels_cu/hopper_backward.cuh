@@ -380,8 +380,8 @@ struct BackwardConsumer {
         }
     }
 
-    // What non-finite values are taken out in a step: those of Q and dO if it is partial, those of K
-    // in every step, as its tile serves all of them.
+    // What non-finite values are taken out in a step: those of Q and dO if it is partial, those of
+    // K in every step, as its tile serves all of them.
     enum Found : uint32 { NOTHING = 0, IN_QUERIES = 1, IN_KEYS = 2 };
 
     // After S and dP.
@@ -453,8 +453,8 @@ struct BackwardConsumer {
         }
     }
 
-    // Calls visit(query, its row of q, its row of do) for the queries of a step that exist; the rows
-    // are bits in global memory.
+    // Calls visit(query, its row of q, its row of do) for the queries of a step that exist; the
+    // rows are bits in global memory.
     template <class Visit>
     DEVICE void for_each_query(const Step& step, Visit visit) const {
         const AttentionParams& params = block.params;

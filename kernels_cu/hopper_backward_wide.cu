@@ -18,8 +18,8 @@
 //
 // Lower case: mbarriers, one for each stage. Where P and dS have two stages, they need no barriers
 // of their own: who writes those of step i has met the others in step i - 1, after they waited for
-// their products of step i - 2, which read the same stage. Where they have one, all meet once more before they
-// are stored.
+// their products of step i - 2, which read the same stage. Where they have one, all meet once more
+// before they are stored.
 #include "hopper_backward.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
