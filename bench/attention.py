@@ -1,9 +1,10 @@
-"""Measure attention: speed, memory and error of flash_cupy beside all peers on this machine.
+"""Measure attention: speed, memory and error of flash_cupy beside other implementations.
 
 ``python bench/attention.py`` measures a preset of cells on the GPU where there is one, else on the
-CPU; options replace the preset's axes. In a cell all competitors work on the same random arrays.
-Each first runs once, which warms it up and gives its memory and its errors; then they are timed in
-turn, call by call. Those that hold N×N matrices between passes are timed after that, one by one.
+CPU, beside the preset's peers, as far as this machine has them; options replace the preset's axes.
+In a cell all competitors work on the same random arrays. Each first runs once, which warms it up
+and gives its memory and its errors; then they are timed in turn, call by call. Those that hold N×N
+matrices between passes are timed after that, one by one.
 
 All figures go to ``bench/results/<device>/<preset>.json`` after each cell, pictures beside it.
 

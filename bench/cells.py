@@ -51,8 +51,10 @@ class Cell:
     inputs: str = "normal"  # one of INPUTS
 
     def __post_init__(self) -> None:
-        if self.heads % (self.kv_heads or self.heads):
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: got {self.kv_heads}, takes a divisor of {self.heads}")
+        if self.head_dim_v is not None and self.head_dim_v < 1:
+            raise ValueError(f"head_dim_v: got {self.head_dim_v}, takes a number from 1")
         if self.window is not None and not (self.causal and self.window > 0):
             got = f"{self.window} and mask {self.mask}"
             raise ValueError(f"window: got {got}, takes a number from 1 and mask causal")

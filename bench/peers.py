@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 def random_inputs(cell: Cell, xp: Any) -> Inputs:
-    """Draw normal numbers; zeros would draw less power and so run faster."""
+    """Draw normal numbers, perhaps with outliers; zeros would draw less power and run faster."""
     rng = xp.random.default_rng(0)
     dtype = DTYPES[cell.dtype]
     drawn = "float64" if dtype == "float64" else "float32"
@@ -288,12 +288,13 @@ class Torch(Competitor):
         """Compute o by this backend and no other."""
         if cell.window is not None:
             return self.attend_window(cell, q, k, v)
+        grouped = {} if cell.kv_heads is None else {"enable_gqa": True}
         attention = self.torch.nn.attention
         backend = getattr(attention.SDPBackend, self.backend)
         with attention.sdpa_kernel(backend), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why other backends do not apply
             return self.torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=cell.causal, enable_gqa=cell.kv_heads is not None
+                q, k, v, is_causal=cell.causal, **grouped
             )
 
     def attend_window(self, cell: Cell, q: Any, k: Any, v: Any) -> Any:

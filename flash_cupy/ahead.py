@@ -30,7 +30,8 @@ def compile(
     """Compile, on the current GPU, the kernels of calls that are going to be made.
 
     A kernel takes a second or two to compile when it is first needed, and a few milliseconds from
-    CuPy's cache on disk in later processes.
+    CuPy's cache on disk in later processes. The calls are taken to have rows that are contiguous
+    and begin at multiples of 16 bytes: others have kernels of their own.
 
     Parameters
     ----------
@@ -39,7 +40,8 @@ def compile(
     dtype : dtype
         Of q, k and v: float16, bfloat16, float32 or float64.
     masks : sequence of bool
-        Whether a call has a mask (causal or a window): False, True or, by default, both.
+        Whether a call has a mask (causal or a window): False, True or, by default, both. A
+        causal call of one query hides no key and has none.
     softcap, alibi : bool
         Whether the calls have these options.
     backward : bool
@@ -78,7 +80,7 @@ def compile(
     # Two rows: with one, a causal mask would hide nothing and be dropped.
     lengths = {2}
     if np.dtype(dtype).itemsize == 2:
-        lengths |= {*hopper.lengths(), *hopper_backward.lengths()}
+        lengths |= {*hopper.lengths(), *(hopper_backward.lengths() if backward else ())}
     calls = list(itertools.product(pairs, masks, sorted(lengths)))
     for (head_dim, head_dim_v), mask, keys in _with_bar(calls, progress):
         shapes = ((1, 2, head_dim), (1, keys, head_dim), (1, keys, head_dim_v))

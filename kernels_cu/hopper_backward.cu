@@ -257,6 +257,12 @@ struct Consumer : BackwardConsumer<Config> {
         return recompute_from(found);  // no second copy of all that follows
     }
 
+    // The phase of ds_empty that a step waits for. Step i sets the stage of i - 1 free: so the first
+    // step sets stage 1 free, though nothing is in it yet, and stage 1 is a phase ahead of stage 0.
+    static DEVICE uint32 empty_parity(const Step& step) {
+        return step.parity() ^ (step.stage() == 0 ? 1 : 0);
+    }
+
     // Of the step before: nobody has to wait for the other's dS of the present one.
     DEVICE void multiply_late_dq(DqSums& dq, uint32 index) const {
         wait_for(block.barrier(Block::DS_FULL + index % Block::STAGES), index / Block::STAGES % 2);
@@ -268,8 +274,7 @@ struct Consumer : BackwardConsumer<Config> {
         const int stage = step.stage();
         Weights p, ds;
         const uint32 found = compute_weights(p, ds, step);
-        // The zeros before the first step count, too: they were in the other stage.
-        wait_for(block.barrier(Block::DS_EMPTY + stage), step.parity() ^ 1 ^ stage);
+        wait_for(block.barrier(Block::DS_EMPTY + stage), empty_parity(step));
         store_ds(ds, stage);
         fence_async_shared();
         __syncwarp();
@@ -284,19 +289,15 @@ struct Consumer : BackwardConsumer<Config> {
         add_weighted_rows(dk, ds, block.q_tile(stage));
         wgmma_wait<1>();
         release(Block::DS_EMPTY + (stage ^ 1));
-        // Either way all warps meet, and have read the row terms, before one of them releases Q.
-        if (step.is_first()) {
-            sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-        } else {
-            pass_dq(dq);
-        }
+        if (!step.is_first()) pass_dq(dq);
         wgmma_wait<0>();
-        release(Block::Q_EMPTY + stage);
+        this->release_q(stage);
         if (Config::BAND && found) spread_nonfinite(step, found);
     }
 
-    // What the first step takes for the dS before it: zeros. (A product that only some steps
-    // compute would make the compiler wait for every one of them.)
+    // What the first step takes for the dS before it. Its dQ is thrown away, so that any numbers
+    // would do, but not memory that nothing has written. (A product that only some steps compute
+    // would make the compiler wait for every one of them.)
     DEVICE void clear_ds() const {
         const uint32 tile = block.ds_tile(Block::STAGES - 1).address;
 #pragma unroll 1
@@ -395,8 +396,7 @@ struct Consumer : BackwardConsumer<Config> {
     }
 };
 
-// One block for every tile of keys of every key head; the tiles of a head are neighbours, so that
-// its queries stay in L2.
+// One block for every tile of keys of every key head.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     hopper_backward(const __grid_constant__ AttentionParams params,
                     const __grid_constant__ BackwardMaps maps) {

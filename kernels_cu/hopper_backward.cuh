@@ -107,17 +107,33 @@ struct BackwardBlock {
           block(block),
           first_key(key_tile() * Config::TILE_N) {}
 
-    // The block's tile of keys, first that which most queries of a causal mask see; in turns, that
-    // which adds first to its first tile of queries.
+    // The block's key head, counted through all batch entries, and its tile of keys, counted from
+    // that which most queries of a causal mask see, or, in turns, from that which adds first to its
+    // first tile of queries. The tiles of a head are neighbours, so that its queries stay in L2.
+    // Where they differ in length, so many heads as run at a time are a section, which begins with
+    // the longest tiles of all of them: so the last blocks are short ones.
+    struct Place {
+        uint32 head, tile;
+    };
+    DEVICE Place place() const {
+        const uint32 tiles = key_tiles();
+        if (!Config::BAND) return {block / tiles, block % tiles};
+        constexpr uint32 BLOCKS_AT_A_TIME = 128;
+        const uint32 section = ceil_div(BLOCKS_AT_A_TIME, tiles);
+        const uint32 first = block / (section * tiles) * section;
+        const uint32 rest = block - first * tiles;
+        const uint32 wide = min(section, gridDim.x / tiles - first);
+        return {first + rest % wide, rest / wide};
+    }
     DEVICE int32 key_tile() const {
-        const int32 tile = block % key_tiles();
+        const int32 tile = place().tile;
         return Config::DETERMINISTIC ? key_tiles() - 1 - tile : tile;
     }
     DEVICE int32 key_tiles() const {
         return ceil_div(params.seqlen_k, Config::TILE_N);
     }
     DEVICE HeadIndex key_head() const {
-        return HeadIndex(params, block / key_tiles(), params.heads / params.group);
+        return HeadIndex(params, place().head, params.heads / params.group);
     }
     // A query head of the group of a key head.
     DEVICE HeadIndex query_head(HeadIndex key_head, int32 head) const {
@@ -174,7 +190,7 @@ struct BackwardBlock {
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(barrier(Q_FULL + stage), 1);
-            init_barrier(barrier(Q_EMPTY + stage), CONSUMERS);
+            init_barrier(barrier(Q_EMPTY + stage), 4 * CONSUMERS);  // warps
             init_barrier(barrier(DO_FULL + stage), 1);
             init_barrier(barrier(DO_EMPTY + stage), CONSUMERS);
         }
@@ -366,6 +382,11 @@ struct BackwardConsumer {
     }
     DEVICE void release(int empty) const {
         if (leads()) arrive_at(block.barrier(empty));
+    }
+    // Every warp for itself: with Q come the row terms, which it has read by ordinary loads.
+    DEVICE void release_q(int stage) const {
+        __syncwarp();
+        if (lane_index() == 0) arrive_at(block.barrier(Block::Q_EMPTY + stage));
     }
     // At the end: nobody reads K and V any more.
     DEVICE void finish_reading(const TileRange& tiles) const {

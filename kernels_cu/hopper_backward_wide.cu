@@ -264,7 +264,7 @@ struct Consumer : BackwardConsumer<Config> {
         wgmma_wait<1>();
         add_dq(dq, step);
         wgmma_wait<0>();
-        release(Block::Q_EMPTY + stage);
+        this->release_q(stage);
         if (Config::BAND && found) spread_nonfinite(step, found);
     }
 
@@ -346,8 +346,7 @@ struct Consumer : BackwardConsumer<Config> {
     }
 };
 
-// One block for every tile of keys of every key head; the tiles of a head are neighbours, so that
-// its queries stay in L2.
+// One block for every tile of keys of every key head.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     hopper_backward_wide(const __grid_constant__ AttentionParams params,
                          const __grid_constant__ BackwardMaps maps) {

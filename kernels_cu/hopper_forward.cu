@@ -148,8 +148,9 @@ struct Consumer {
     DEVICE void wait_for_v(const Item<Config>& item, int32 tile) {
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
         if constexpr (Config::BAND) {
+            // Full tiles are not inspected, but a phase that nobody waits for would be an error.
+            wait_for(shared.inspected(v_ring.stage), v_ring.parity);
             if (!item.tiles.is_full(tile)) {
-                wait_for(shared.inspected(v_ring.stage), v_ring.parity);
                 // The leader's release lets the inspectors write these words again, so no other
                 // thread reads them.
 #pragma unroll

@@ -70,7 +70,7 @@ struct RowDots {
         const Real lse = *row_data<const Real>(params.lse, index, row);
         const Real dlse =
             params.dlse.data == nullptr ? 0 : *row_data<const Real>(params.dlse, index, row);
-        return {lse == -infinity<Real>() ? lse * 0 : lse * static_cast<Real>(LOG2_E), sum - dlse};
+        return {lse == -infinity<Real>() ? -lse : lse * static_cast<Real>(LOG2_E), sum - dlse};
     }
     static DEVICE bool is_first_lane() {  // of a row
         return threadIdx.x % LANES == 0;

@@ -9,7 +9,7 @@
 // row_dots writes them, adjacent, to params.row_dots.
 template <class Real>
 struct alignas(2 * sizeof(Real)) RowTerms {
-    Real lse;  // in base 2; NaN in a row that sees no key (its pairs are all masked)
+    Real lse;  // in base 2; +inf instead of -inf, so that P = 0 where all that a row sees is -inf
     Real dot;  // D_i
 };
 

@@ -47,6 +47,14 @@ def assert_exact(case: Case, results: tuple[Any, ...], engine: Engine = CPU) -> 
         assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g}"
 
 
+def assert_finite_alike(case: Case, results: tuple[Any, ...]) -> None:
+    """Check that what is finite in the specification is so in the results, and no more."""
+    for name, got, expected in zip(NAMES, results, dense(case.astype(FLOAT64)), strict=True):
+        np.testing.assert_array_equal(
+            np.isfinite(got.astype(FLOAT64)), np.isfinite(expected), err_msg=name
+        )
+
+
 def _unit(name: str, case: Case) -> float:
     dtype = np.dtype(np.float32) if name == "lse" else case.dtype
     return float(finfo(dtype).eps) * (4 if dtype == np.float32 else 1)

@@ -218,6 +218,7 @@ def test_cuda_graph(deterministic: bool, seqlen: int) -> None:
     import cupy
 
     q, k, v, do = (_random((2, 4, seqlen, 64), BFLOAT16, seed) for seed in range(4))
+    cupy.cuda.runtime.deviceSynchronize()  # what follows runs on another stream
 
     def step() -> tuple[Any, ...]:
         o, lse = flash_cupy.attention_forward(q, k, v, causal=True)

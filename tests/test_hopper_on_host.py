@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import HOST
-from errors import assert_exact
+from errors import assert_exact, assert_finite_alike
 from host.device import missing_compiler
 from host.machine import HOPPER, HostMachine
 from strategies import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, LAYOUTS, Case, make_case
@@ -247,6 +247,16 @@ def check_nan(both: Run, name: str, head_dim: int) -> None:
     np.testing.assert_array_equal(dk[0, 71:], clean[3][0, 71:])
     np.testing.assert_array_equal(dv[0, 71:], clean[4][0, 71:])
     assert not np.isfinite((dk if name == "q" else dv)[0, :71, 3]).any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_rows_of_which_all_scores_are_minus_infinity(both: Run, head_dim: int) -> None:
+    """As a single key with an infinite entry gives to every other query."""
+    case = make_case((), 1, 1, 20, 1, head_dim, head_dim, FLOAT16, seed=7)
+    k = case.k.copy()
+    k[0, 0, 5] = -np.inf
+    case = replace(case, k=k)
+    assert_finite_alike(case, both(case))
 
 
 def test_infinity_that_a_softcap_hides_from_lse(both: Run) -> None:

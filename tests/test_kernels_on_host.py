@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from engines import Engine
-from errors import assert_exact
+from errors import assert_exact, assert_finite_alike
 from strategies import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, LAYOUTS, make_case
 
 # batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v, dtype, options
@@ -99,6 +99,19 @@ def test_nan_in_float32_reaches_the_gradients_of_what_sees_it(
         np.testing.assert_array_equal(dk[0, 41:], clean[3][0, 41:])
         np.testing.assert_array_equal(dv[0, 41:], clean[4][0, 41:])
         assert np.isnan((dk if name == "q" else dv)[0, :41, 3]).all()
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT64], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_of_which_all_scores_are_minus_infinity(
+    host_engine: Engine, dtype: np.dtype, deterministic: bool
+) -> None:
+    """As a single key with an infinite entry gives to every other query."""
+    case = make_case((), 1, 1, 20, 1, 64, 64, dtype, seed=7)
+    k = case.k.copy()
+    k[0, 0, 5] = -np.inf
+    case = replace(case, k=k)
+    assert_finite_alike(case, host_engine.run(case, deterministic=deterministic))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -119,8 +119,11 @@ def targets_sm_90a() -> bool:
     return tuple(nvrtc.getVersion()) >= (12, 9)
 
 
+@cache
 def compile_cubin(kernel: str, plan: KernelPlan, arch: str) -> Cubin:
     """Compile a kernel for an architecture such as ``"sm_90a"``; this needs no GPU.
+
+    Remembered, as NVRTC 13 has no log for what it has compiled before.
 
     Raises
     ------

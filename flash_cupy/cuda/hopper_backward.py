@@ -236,6 +236,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
     row = next(
         row for row in BACKWARD_TILES[widest] if row.suits(head_dim, problem.seqlen_k, options)
     )
+    options["band"] |= row.band
     weight_stages = row.weight_stages
     wide = weight_stages is not None
     plan: dict[str, Any] = dict(
@@ -248,7 +249,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
         tile_n=row.tile_n,
         stages=STAGES,
         blocks_per_sm=1,
-        **{**options, "band": options["band"] or row.band},
+        **options,
         deterministic=deterministic,
     )
     if weight_stages is None:
