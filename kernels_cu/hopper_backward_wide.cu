@@ -171,8 +171,10 @@ struct Consumer : BackwardConsumer<Config> {
         const int32 start = lane_key();
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const auto keys = score.keys(lane_query(step.tile) + 8 * r);
-            const int32 first = keys.first - start, last = keys.last - start;
+            const int32 query = lane_query(step.tile) + 8 * r;
+            const auto keys = score.keys(query);
+            const int32 first = keys.first - start;
+            const int32 last = query < block.params.seqlen_q ? keys.last - start : -1;
 #pragma unroll
             for (int j = 0; j < KEYS / 4; ++j) {
                 const int key = j / 2 * 8 + j % 2;  // constants, counted from the lane's first

@@ -259,6 +259,16 @@ def test_rows_of_which_all_scores_are_minus_infinity(both: Run, head_dim: int) -
     assert_finite_alike(case, both(case))
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_missing_queries_do_not_meet_an_infinite_key(both: Run, head_dim: int) -> None:
+    """A tile's rows beyond the last query are zeros: their score with it is NaN."""
+    case = make_case((), 1, 1, 129, 2, head_dim, head_dim, FLOAT16, seed=7, causal=True)
+    k = case.k.copy()
+    k[0, 1, 9] = -np.inf
+    case = replace(case, k=k)
+    assert_finite_alike(case, both(case))
+
+
 def test_infinity_that_a_softcap_hides_from_lse(both: Run) -> None:
     case = make_case((), 1, 1, 200, 200, 64, 64, FLOAT16, seed=6, causal=True, softcap=2.0)
     clean = both(case, True)
