@@ -76,7 +76,7 @@ struct Consumer : BackwardConsumer<Config> {
     using typename Base::T;
     using Base::block, Base::index, Base::score, Base::TILE_M;
     using Base::leads, Base::release, Base::thread, Base::warp_row;
-    using Base::NOTHING, Base::IN_QUERIES, Base::IN_KEYS;
+    using Base::NOTHING;
 
     using Scores = float[TILE_M / 2];           // accumulators, 64 x TILE_M of the warpgroup
     using Weights = uint32[TILE_M / 16][4];     // the same as operands of products
@@ -292,7 +292,9 @@ struct Consumer : BackwardConsumer<Config> {
         if (!step.is_first()) pass_dq(dq);
         wgmma_wait<0>();
         this->release_q(stage);
-        if (Config::BAND && found) spread_nonfinite(step, found);
+        if (Config::BAND && found) {
+            this->spread_nonfinite(step, found, [&] { spread_nonfinite_queries(step); });
+        }
     }
 
     // What the first step takes for the dS before it. Its dQ is thrown away, so that any numbers
@@ -320,14 +322,7 @@ struct Consumer : BackwardConsumer<Config> {
 
     // ---- non-finite values ----------------------------------------------------------------------
 
-    // Sets to NaN what sees a non-finite value of Q, dO and K.
-    DEVICE void spread_nonfinite(const Step& step, uint32 found) {
-        if (found & IN_QUERIES) spread_nonfinite_queries(step);
-        if (found & IN_KEYS) {
-            this->spread_nonfinite_keys(step);
-            this->restore_keys();
-        }
-    }
+    // Sets to NaN what sees a non-finite value of Q and dO.
     DEVICE void spread_nonfinite_queries(const Step& step) {
         this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
             spread_nonfinite_row(dk, query, block.params.head_dim, q);

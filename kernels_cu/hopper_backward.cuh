@@ -474,6 +474,18 @@ struct BackwardConsumer {
         }
     }
 
+    // At the end of a step: NaN for what sees a value that was taken out. spread_queries() does it in
+    // dk and dv.
+    template <class SpreadQueries>
+    DEVICE void spread_nonfinite(const Step& step, uint32 found,
+                                 SpreadQueries spread_queries) const {
+        if (found & IN_QUERIES) spread_queries();
+        if (found & IN_KEYS) {
+            spread_nonfinite_keys(step);
+            restore_keys();
+        }
+    }
+
     // Calls visit(query, its row of q, its row of do) for the queries of a step that exist; the
     // rows are bits in global memory.
     template <class Visit>

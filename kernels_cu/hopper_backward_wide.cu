@@ -61,7 +61,7 @@ struct Consumer : BackwardConsumer<Config> {
     using typename Base::T;
     using Base::block, Base::index, Base::score, Base::TILE_M, Base::TILE_N;
     using Base::leads, Base::release, Base::thread, Base::warp_row;
-    using Base::NOTHING, Base::IN_QUERIES, Base::IN_KEYS;
+    using Base::NOTHING;
     static constexpr int KEYS = TILE_N / Config::CONSUMERS;             // of S and dP
     static constexpr int PARTS = Config::DQ_PARTS / Config::CONSUMERS;  // blocks of 64 dims
 
@@ -267,17 +267,12 @@ struct Consumer : BackwardConsumer<Config> {
         add_dq(dq, step);
         wgmma_wait<0>();
         this->release_q(stage);
-        if (Config::BAND && found) spread_nonfinite(step, found);
-    }
-
-    // Sets to NaN what sees a non-finite value of Q, dO and K.
-    DEVICE void spread_nonfinite(const Step& step, uint32 found) {
-        if (found & IN_QUERIES) spread_nonfinite_queries(step);
-        if (found & IN_KEYS) {
-            this->spread_nonfinite_keys(step);
-            this->restore_keys();
+        if (Config::BAND && found) {
+            this->spread_nonfinite(step, found, [&] { spread_nonfinite_queries(step); });
         }
     }
+
+    // Sets to NaN what sees a non-finite value of Q and dO.
     DEVICE void spread_nonfinite_queries(const Step& step) {
         this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
             spread_nonfinite_row(dk, query, block.params.head_dim, q);
