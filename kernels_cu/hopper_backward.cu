@@ -54,9 +54,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
     static constexpr int WEIGHT_STAGES = STAGES;               // of dS
     static constexpr int DQ_PARTS = CONSUMERS;
-    static constexpr bool P_IN_REGISTERS = true;
-    static constexpr bool DQ_IS_LATE = true;
-    static constexpr bool HAS_WRITERS = true;
+    static constexpr bool WIDE = false;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = 24;
     static constexpr int CONSUMER_REGISTERS = 240;
@@ -257,17 +255,18 @@ struct Consumer : BackwardConsumer<Config> {
         return recompute_from(found);  // no second copy of all that follows
     }
 
-    // The phase of ds_empty that a step waits for. Step i sets the stage of i - 1 free: so the first
-    // step sets stage 1 free, though nothing is in it yet, and stage 1 is a phase ahead of stage 0.
+    // The phase of ds_empty that a step waits for. Step i sets the stage of i - 1 free: so the
+    // first step sets stage 1 free, though nothing is in it yet, and stage 1 is a phase ahead.
     static DEVICE uint32 empty_parity(const Step& step) {
         return step.parity() ^ (step.stage() == 0 ? 1 : 0);
     }
 
     // Of the step before: nobody has to wait for the other's dS of the present one.
     DEVICE void multiply_late_dq(DqSums& dq, uint32 index) const {
-        wait_for(block.barrier(Block::DS_FULL + index % Block::STAGES), index / Block::STAGES % 2);
+        const Step step = {0, 0, index};
+        wait_for(block.barrier(Block::DS_FULL + step.stage()), step.parity());
         wgmma_fence();
-        multiply_dq(dq, index % Block::STAGES);
+        multiply_dq(dq, step.stage());
     }
 
     DEVICE void compute(const Step& step) {
@@ -382,7 +381,7 @@ struct Consumer : BackwardConsumer<Config> {
             compute(step);
         });
         if (steps > 0) finish_dq(steps - 1);
-        this->finish_reading(tiles);
+        this->meet_consumers();  // nobody reads K and V any more
         const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
         store(dv, 1, block.v_tile(), block.maps.dv);
         store(dk, scale, block.k_tile(), block.maps.dk);

@@ -17,13 +17,13 @@
 #include "row_terms.cuh"
 #include "turns.cuh"
 
-// Config: the plan, and which pipeline it is for: DQ_PARTS, WEIGHT_STAGES (of dS and P),
-// P_IN_REGISTERS, DQ_IS_LATE, HAS_WRITERS.
+// Config: the plan; WEIGHT_STAGES (of dS and P), DQ_PARTS; and WIDE: whether P, too, goes through
+// shared memory and the consumers add dQ themselves, in the same step, or writers do, a step late.
 template <class Config>
 struct BackwardBlock {
     using T = typename Config::Element;
     static constexpr int CONSUMERS = Config::CONSUMERS;
-    static_assert(!Config::HAS_WRITERS || CONSUMERS == 2, "warps 2 and 3 are the writers");
+    static_assert(Config::WIDE || CONSUMERS == 2, "warps 2 and 3 are the writers");
     static constexpr int STAGES = Config::STAGES;
 
     using KTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM>;
@@ -41,15 +41,15 @@ struct BackwardBlock {
     static constexpr int DS_OFFSET = DO_OFFSET + STAGES * DoTile::BYTES;
     static constexpr int P_OFFSET = DS_OFFSET + Config::WEIGHT_STAGES * DsTile::BYTES;
     static constexpr int DQ_OFFSET =
-        P_OFFSET + (Config::P_IN_REGISTERS ? 0 : Config::WEIGHT_STAGES * DsTile::BYTES);
+        P_OFFSET + (Config::WIDE ? Config::WEIGHT_STAGES * DsTile::BYTES : 0);
     // Of a consumer, if writers take it from there.
     static constexpr int DQ_BYTES =
-        Config::HAS_WRITERS ? Dq::PART * static_cast<int>(sizeof(float)) : 0;
+        Config::WIDE ? 0 : Dq::PART * static_cast<int>(sizeof(float));
     static constexpr int TERMS_OFFSET = DQ_OFFSET + CONSUMERS * DQ_BYTES;
     static constexpr int TERMS_BYTES = Config::TILE_M / 2 * static_cast<int>(sizeof(Terms));
     static constexpr int BARRIERS_OFFSET = TERMS_OFFSET + STAGES * TERMS_BYTES;
     // Of dS, with barriers of their own: where dQ is computed a step late.
-    static constexpr int DS_STAGES = Config::DQ_IS_LATE ? Config::WEIGHT_STAGES : 0;
+    static constexpr int DS_STAGES = Config::WIDE ? 0 : Config::WEIGHT_STAGES;
 
     // mbarriers in shared memory; after them the inspectors' findings.
     enum Barrier {
@@ -326,7 +326,7 @@ struct BackwardBlock {
         const int32 first = tile * Config::TILE_M;
         const int32 last = min(first + Config::TILE_M, params.seqlen_q) - 1;
         return visible_tiles(band(), first, last, Config::TILE_N, params.seqlen_k).end - 1 -
-               key_tile();
+               first_key / Config::TILE_N;
     }
 
     DEVICE void serve() const {
@@ -336,7 +336,7 @@ struct BackwardBlock {
             return;
         }
         if constexpr (Config::BAND) inspect_keys(warp - 1);
-        if constexpr (Config::HAS_WRITERS) {
+        if constexpr (!Config::WIDE) {
             if (warp >= 2) write_dq(warp - 2);
         }
     }
@@ -388,12 +388,6 @@ struct BackwardConsumer {
         __syncwarp();
         if (lane_index() == 0) arrive_at(block.barrier(Block::Q_EMPTY + stage));
     }
-    // At the end: nobody reads K and V any more.
-    DEVICE void finish_reading(const TileRange& tiles) const {
-        if (Config::BAND && tiles.begin < tiles.end) wait_for(block.barrier(Block::INSPECTED), 0);
-        meet_consumers();
-    }
-
     // At the first step of a head: ALiBi has a slope for each.
     DEVICE void enter_head(const Step& step) {
         if constexpr (Config::ALIBI) {
@@ -474,8 +468,8 @@ struct BackwardConsumer {
         }
     }
 
-    // At the end of a step: NaN for what sees a value that was taken out. spread_queries() does it in
-    // dk and dv.
+    // At the end of a step: NaN for what sees a value that was taken out; spread_queries() does it
+    // in dk and dv.
     template <class SpreadQueries>
     DEVICE void spread_nonfinite(const Step& step, uint32 found,
                                  SpreadQueries spread_queries) const {

@@ -37,9 +37,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
     static constexpr int WEIGHT_STAGES = PLAN_WEIGHT_STAGES;   // of P and dS
     static constexpr int DQ_PARTS = HEAD_DIM / 64;
-    static constexpr bool P_IN_REGISTERS = false;
-    static constexpr bool DQ_IS_LATE = false;
-    static constexpr bool HAS_WRITERS = false;
+    static constexpr bool WIDE = true;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
     static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
@@ -335,7 +333,7 @@ struct Consumer : BackwardConsumer<Config> {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
-        this->finish_reading(tiles);
+        this->meet_consumers();  // nobody reads K and V any more
         const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
         store(dv, 1, block.v_tile(), block.maps.dv);
         store(dk, scale, block.k_tile(), block.maps.dk);

@@ -192,7 +192,7 @@ class BackwardTiles(NamedTuple):
     weight_stages: int | None = None  # of a `HopperBackwardWidePlan`
     alibi: bool = True  # these two take registers
     softcap: bool = True
-    band: bool = False  # compiled for masks, with or without: here that takes fewer registers
+    always_masked: bool = False  # compiled for masks, with or without: it takes fewer registers
     min_head_dim: int = 0  # of q and k
     min_seqlen: int = 0  # of keys
 
@@ -211,7 +211,9 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
     64: [BackwardTiles(128, alibi=False), BackwardTiles(64)],
     96: [BackwardTiles(64)],
     128: [
-        BackwardTiles(80, alibi=False, softcap=False, band=True, min_head_dim=96, min_seqlen=2048),
+        BackwardTiles(
+            80, alibi=False, softcap=False, always_masked=True, min_head_dim=96, min_seqlen=2048
+        ),
         BackwardTiles(64),
     ],
     192: [BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1)],
@@ -236,7 +238,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
     row = next(
         row for row in BACKWARD_TILES[widest] if row.suits(head_dim, problem.seqlen_k, options)
     )
-    options["band"] |= row.band
+    options["band"] |= row.always_masked
     weight_stages = row.weight_stages
     wide = weight_stages is not None
     plan: dict[str, Any] = dict(
