@@ -72,9 +72,14 @@ struct BackwardBlock {
     };
     static constexpr int DQ_THREADS = WARPGROUP + WARP;  // at DQ_FULL and DQ_EMPTY
 
+    // Where tensors of the group's first query head begin, kept in shared memory: registers are
+    // short everywhere, and to find the head takes several divisions.
+    enum Address { ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
+
     static constexpr int INSPECTORS = 3;  // warps
-    // A word for each of them (and one more, for the alignment), and an address.
-    static constexpr int BYTES = BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + 4 * 4 + 8;
+    // A word for each of them (and one more, for the alignment), and the addresses.
+    static constexpr int BYTES =
+        BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + 4 * 4 + ADDRESSES * 8;
     static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
 
     // A tile of queries of a head of the group.
@@ -180,17 +185,26 @@ struct BackwardBlock {
     DEVICE uint32 finding(int inspector) const {
         return barrier(BARRIERS) + inspector * static_cast<int>(sizeof(uint32));
     }
-    // Where the producer keeps the address of the group's row_dots: it is short of registers.
-    DEVICE uint32 row_dots() const {
-        return barrier(BARRIERS) + CHUNK_BYTES;
+    template <class Element>
+    DEVICE Element* load_address(Address tensor) const {
+        return load_shared<Element*>(address(tensor));
+    }
+    DEVICE uint32 address(Address tensor) const {
+        return barrier(BARRIERS) + CHUNK_BYTES + tensor * 8;
     }
     // By one thread, before all others start.
+    DEVICE void store_addresses() const {
+        const HeadIndex first = query_head(key_head(), 0);
+        store_shared(address(ROW_DOTS), head_data<float>(params.row_dots, first, first.head));
+        store_shared(address(DQ_SUM), head_data<float>(params.dq_sum, first, first.head));
+        store_shared(address(DQ_TURNS), head_data<int32>(params.dq_turns, first, first.head));
+    }
     DEVICE void init_barriers() const {
         init_barrier(barrier(KV_FULL), 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(barrier(Q_FULL + stage), 1);
-            init_barrier(barrier(Q_EMPTY + stage), 4 * CONSUMERS);  // warps
+            init_barrier(barrier(Q_EMPTY + stage), CONSUMERS * WARPGROUP);
             init_barrier(barrier(DO_FULL + stage), 1);
             init_barrier(barrier(DO_EMPTY + stage), CONSUMERS);
         }
@@ -246,8 +260,6 @@ struct BackwardBlock {
     // One thread: all loads.
     DEVICE void produce() const {
         const HeadIndex keys = key_head();
-        const HeadIndex first = query_head(keys, 0);
-        store_shared(row_dots(), head_data<const float>(params.row_dots, first, first.head));
         for_each_step([&](const Step& step) {
             const HeadIndex index = query_head(keys, step.head);
             const int32 row = step.tile * Config::TILE_M;
@@ -256,7 +268,7 @@ struct BackwardBlock {
             arrive_expecting(barrier(q_full), QTile::BYTES + TERMS_BYTES);
             load(q_tile(step.stage()), maps.q, index, row, q_full);
             load_bulk(terms(step.stage()),
-                      load_shared<const float*>(row_dots()) + step.head * params.row_dots.head +
+                      load_address<const float>(ROW_DOTS) + step.head * params.row_dots.head +
                           2 * row,
                       TERMS_BYTES, barrier(q_full));
             if (step.index == 0) {
@@ -289,24 +301,28 @@ struct BackwardBlock {
         }
     }
 
+    // The tile of dq_sum that a step adds to.
+    DEVICE float* dq_sums(const Step& step) const {
+        return load_address<float>(DQ_SUM) + step.head * params.dq_sum.head +
+               step.tile * Config::TILE_M * params.dq_sum.row;
+    }
+    // The turns at it, one of each consumer.
+    DEVICE int32* dq_turns(const Step& step) const {
+        return load_address<int32>(DQ_TURNS) + step.head * params.dq_turns.head +
+               step.tile * params.dq_turns.row;
+    }
+
     // One warp for each consumer: adds its dQ to dq_sum.
     DEVICE void write_dq(int consumer) const {
-        const HeadIndex first = query_head(key_head(), 0);
-        float* const sums =
-            head_data<float>(params.dq_sum, first, first.head) + consumer * Dq::PART;
-        int32* const turns = head_data<int32>(params.dq_turns, first, first.head) + consumer;
         arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
         for_each_step([&](const Step& step) {
-            int32* const counter =
-                turns + step.head * params.dq_turns.head + step.tile * params.dq_turns.row;
+            int32* const counter = dq_turns(step) + consumer;
             sync_named(DQ_FULL + consumer, DQ_THREADS);
             if (lane_index() == 0) {
                 if constexpr (Config::DETERMINISTIC) {
                     wait_for_turn(counter, turn(step.tile));
                 }
-                add_bulk(sums + step.head * params.dq_sum.head +
-                             step.tile * Config::TILE_M * params.dq_sum.row,
-                         dq_part(consumer), DQ_BYTES);
+                add_bulk(dq_sums(step) + consumer * Dq::PART, dq_part(consumer), DQ_BYTES);
                 commit_bulk();
                 wait_bulk_read<0>();
             }
@@ -383,10 +399,9 @@ struct BackwardConsumer {
     DEVICE void release(int empty) const {
         if (leads()) arrive_at(block.barrier(empty));
     }
-    // Every warp for itself: with Q come the row terms, which it has read by ordinary loads.
+    // Every thread for itself: with Q come the row terms, which it has read by ordinary loads.
     DEVICE void release_q(int stage) const {
-        __syncwarp();
-        if (lane_index() == 0) arrive_at(block.barrier(Block::Q_EMPTY + stage));
+        arrive_at(block.barrier(Block::Q_EMPTY + stage));
     }
     // At the first step of a head: ALiBi has a slope for each.
     DEVICE void enter_head(const Step& step) {
@@ -498,12 +513,11 @@ struct BackwardConsumer {
     // Adds NaN to this consumer's parts of dQ where a query sees a non-finite value of K.
     DEVICE void spread_nonfinite_keys(const Step& step) const {
         const AttentionParams& params = block.params;
-        const HeadIndex keys = block.key_head(), head = block.query_head(keys, step.head);
+        const HeadIndex keys = block.key_head();
         const uint16* row = head_data<const uint16>(params.k, keys, keys.head) +
                             block.first_key * params.k.row;
         const int32 query = step.tile * TILE_M;
-        float* const sums =
-            head_data<float>(params.dq_sum, head, head.head) + query * params.dq_sum.row;
+        float* const sums = block.dq_sums(step);
 #pragma unroll 1
         for (int32 key = block.first_key; key < last_key(); ++key, row += params.k.row) {
 #pragma unroll 1
@@ -554,7 +568,10 @@ template <class Config, class Consumer>
 DEVICE void run_block(const AttentionParams& params, const BackwardMaps& maps) {
     const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
     const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
-    if (threadIdx.x == 0) block.init_barriers();
+    if (threadIdx.x == 0) {
+        block.init_barriers();
+        block.store_addresses();
+    }
     __syncthreads();
     // Shuffled, so that the compiler knows it for uniform.
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);

@@ -197,12 +197,8 @@ struct Consumer : BackwardConsumer<Config> {
 
     // Adds dQ to dq_sum, in turns if need be.
     DEVICE void add_dq(const DqSums& dq, const Step& step) const {
-        const AttentionParams& params = block.params;
-        const HeadIndex head = block.query_head(block.key_head(), step.head);
-        float* const sums = head_data<float>(params.dq_sum, head, head.head) +
-                            step.tile * TILE_M * params.dq_sum.row + Dq::at(thread(), 0);
-        int32* const counter = head_data<int32>(params.dq_turns, head, head.head) +
-                               step.tile * params.dq_turns.row + index;
+        float* const sums = block.dq_sums(step) + Dq::at(thread(), 0);
+        int32* const counter = block.dq_turns(step) + index;
         if constexpr (Config::DETERMINISTIC) wait_for_turn(counter, block.turn(step.tile));
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {

@@ -49,15 +49,16 @@ def calls() -> None:
             do = array(2, seqlen_q, head_dim_v, dtype=dtype)
             if family == "hopper" and (head_dim * 2 % 16 or head_dim_v * 2 % 16):
                 continue
-            # initcheck does not see what TMA writes: o.
-            out = None
+            # initcheck does not see what TMA writes: o, dk, dv.
+            out, grads = (None, None), (None, None, None)
             if family == "hopper":
-                out = (cupy.zeros(do.shape, dtype), cupy.zeros(do.shape[:-1], np.float32))
+                out = (cupy.zeros_like(do), None)
+                grads = (None, cupy.zeros_like(k), cupy.zeros_like(v))
             with force_family(family):
                 o, lse = flash_cupy.attention_forward(q, k, v, out=out, **options)
                 for deterministic in (False, True):
                     grads = flash_cupy.attention_backward(
-                        do, q, k, v, o, lse, deterministic=deterministic, **options
+                        do, q, k, v, o, lse, deterministic=deterministic, out=grads, **options
                     )
             assert all(np.isfinite(x.get().astype(np.float32)).all() for x in (o, *grads))
     cupy.cuda.Device().synchronize()

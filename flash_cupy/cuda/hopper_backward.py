@@ -73,7 +73,7 @@ class HopperBackwardPlan(HopperPlan):
             for rows in (self.tile_n, self.tile_m)
         )
         row_terms = 2 * self.tile_m * SUM_BYTES
-        findings = 4 * 4 + 8
+        findings, addresses = 4 * 4, 3 * 8
         return (
             SWIZZLE_ALIGNMENT
             + keys
@@ -81,6 +81,7 @@ class HopperBackwardPlan(HopperPlan):
             + self.passed_bytes
             + self.barriers * BARRIER_BYTES
             + findings
+            + addresses
         )
 
     @property
