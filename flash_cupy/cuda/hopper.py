@@ -182,6 +182,7 @@ class ForwardTiles(NamedTuple):
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
     min_seqlen: int = 0  # of keys
+    l2_bytes: int = 8 << 20  # of K and V that blocks read at a time, where items are dynamic
 
     def suits(self, seqlen_k: int, options: Mapping[str, bool]) -> bool:
         """Whether a call is one of those."""
@@ -194,7 +195,10 @@ class ForwardTiles(NamedTuple):
 
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
-    (64, 64): [ForwardTiles(128, 3, stages=3, modified=False), ForwardTiles(96, 3)],
+    (64, 64): [
+        ForwardTiles(128, 3, stages=3, modified=False, l2_bytes=16 << 20),
+        ForwardTiles(96, 3, l2_bytes=16 << 20),
+    ],
     (96, 96): [ForwardTiles(144, 2)],
     (128, 128): [
         ForwardTiles(176, 2, band=False, modified=False, min_seqlen=4096),
@@ -206,9 +210,9 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (192, 192): [ForwardTiles(112, 2, modified=False), ForwardTiles(96, 2)],
     (256, 256): [
         ForwardTiles(80, 2, band=False, modified=False),
-        ForwardTiles(80, 2, pingpong=False, modified=False, min_seqlen=2048),
-        ForwardTiles(64, 2, modified=False),
-        ForwardTiles(48, 2),
+        ForwardTiles(80, 2, pingpong=False, modified=False, min_seqlen=2048, l2_bytes=32 << 20),
+        ForwardTiles(64, 2, modified=False, l2_bytes=32 << 20),
+        ForwardTiles(48, 2, l2_bytes=32 << 20),
     ],
 }
 
@@ -216,8 +220,8 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
 #: a block is launched with, 168 for each of 384 threads or 128 for each of 512.
 REGISTERS = {2: (40, 232), 3: (32, 160)}
 
-#: K and V that the blocks read at a time, with items in a fixed order and as blocks get free.
-STATIC_L2_BYTES, DYNAMIC_L2_BYTES = 1 << 20, 8 << 20
+#: K and V that the blocks read at a time, with items in a fixed order.
+STATIC_L2_BYTES = 1 << 20
 
 #: Keys from which on items go to whichever block is free.
 MIN_DYNAMIC_SEQLEN = 1024
@@ -252,7 +256,7 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             o_over_q=o_over_q,
             producer_registers=producer_registers,
             consumer_registers=consumer_registers,
-            l2_bytes=DYNAMIC_L2_BYTES if dynamic else STATIC_L2_BYTES,
+            l2_bytes=row.l2_bytes if dynamic else STATIC_L2_BYTES,
             dynamic=dynamic,
         )
 
