@@ -138,9 +138,9 @@ def replaced_run(machine: Any, plans: list[Any]) -> Iterator[None]:
     """Note the plan of every launch meanwhile."""
     run = machine.run
 
-    def noting(launch: Any, *arguments: Any) -> None:
-        plans.append(launch.plan)
-        run(launch, *arguments)
+    def noting(work: Any, *arguments: Any) -> None:
+        plans.extend(launch.plan for launch in work.launches)
+        run(work, *arguments)
 
     machine.run = noting
     try:

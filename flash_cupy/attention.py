@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -304,13 +304,16 @@ def _forward(
     alibi_slopes: Array | None,
     out: tuple[Array | None, Array | None] | None,
 ) -> tuple[Array, Array]:
-    if out is None:  # the usual case, without the bookkeeping of the other
-        new = namespace(q).ndarray
-        o, lse = new(problem.o_shape, problem.dtype), new(problem.lse_shape, problem.compute_dtype)
-    else:
+    takes_o = problem.o_shape, problem.dtype
+    takes_lse = problem.lse_shape, problem.compute_dtype
+    o = lse = None
+    if out is not None:
         inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
-        shapes = {"o": problem.o_shape, "lse": problem.lse_shape}
-        o, lse = _outputs(problem, out, shapes, inputs)
+        problem.check_out(out, {"o": takes_o, "lse": takes_lse}, inputs)
+        o, lse = out
+    new = namespace(q).ndarray
+    o = new(*takes_o) if o is None else o
+    lse = new(*takes_lse) if lse is None else lse
     if problem.empty:
         o[...], lse[...] = 0, -np.inf
     else:
@@ -334,9 +337,17 @@ def _backward(
     check_flag("deterministic", deterministic)
     rows = {"do": do, "o": o, "lse": lse, "dlse": dlse}
     problem.check_rows(rows)
-    inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, **rows}
-    shapes = {"dq": q.shape, "dk": k.shape, "dv": v.shape}
-    dq, dk, dv = _outputs(problem, out, shapes, inputs)
+    dtype = problem.dtype
+    dq = dk = dv = None
+    if out is not None:
+        takes = {"dq": (q.shape, dtype), "dk": (k.shape, dtype), "dv": (v.shape, dtype)}
+        inputs = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, **rows}
+        problem.check_out(out, takes, inputs)
+        dq, dk, dv = out
+    new = namespace(q).ndarray
+    dq = new(q.shape, dtype) if dq is None else dq
+    dk = new(k.shape, dtype) if dk is None else dk
+    dv = new(v.shape, dtype) if dv is None else dv
     if problem.empty:
         dq[...], dk[...], dv[...] = 0, 0, 0
     else:
@@ -344,17 +355,3 @@ def _backward(
             problem, do, q, k, v, o, lse, dlse, alibi_slopes, dq, dk, dv, deterministic
         )
     return dq, dk, dv
-
-
-def _outputs(
-    problem: Problem,
-    out: tuple[Array | None, ...] | None,
-    shapes: dict[str, tuple[int, ...]],
-    inputs: dict[str, Array | None],
-) -> Iterator[Array]:
-    """Return the arrays to write to: the caller's where given (checked), new ones elsewhere."""
-    given = problem.check_out(out, shapes, inputs)
-    xp = namespace(inputs["q"])
-    for name, shape in shapes.items():
-        x = given.get(name)
-        yield xp.empty(shape, problem.result_dtype(name)) if x is None else x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import tiled
+from . import cuda, tiled
 from .arrays import Array
 from .problem import Problem
 
@@ -47,6 +47,4 @@ def engine_for(problem: Problem) -> Engine:
     """Choose by where the problem is computed and what its arrays are."""
     if problem.device == "cpu":
         return tiled
-    from . import cuda
-
     return cuda.gpu_engine() if problem.kind == "cupy" else cuda.staged_engine()

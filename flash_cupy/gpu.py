@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache
 from typing import Any
 
@@ -24,11 +25,13 @@ def why_no_gpu() -> str | None:
     Each device is looked at once, so that a call may ask this as often as it likes.
     """
     reason = why_no_cuda()
-    if reason is not None:
-        return reason
-    import cupy
+    return _why_not_on(current_device()) if reason is None else reason
 
-    return _why_not_on(cupy.cuda.runtime.getDevice())
+
+def current_device() -> int:
+    """Return the number of the current GPU. CuPy has been imported by whoever asks."""
+    device: int = sys.modules["cupy"].cuda.runtime.getDevice()
+    return device
 
 
 @cache

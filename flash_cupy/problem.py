@@ -88,10 +88,10 @@ class Problem:
             arrays.common_kind(named),
             device,
             *(q.shape, q.dtype, k.shape, k.dtype, v.shape, v.dtype),
-            causal,
-            _check_window(window),
-            scale,
-            softcap,
+            *(causal, scale, softcap),
+            # Or else 1 would pass for True after a call with True.
+            (type(causal), type(scale), type(softcap)),
+            (None, None) if window is None else _check_window(window),
             *((None, None) if slopes is None else (slopes.shape, slopes.dtype)),
             precision,
             # Not asked by those who want the CPU: the answer takes an import of CuPy.
@@ -139,20 +139,24 @@ class Problem:
         ValueError
             A shape that does not belong to q.
         """
-        for name, x in inputs.items():
-            if x is not None or name != "dlse":
-                shape = self.lse_shape if name in ("lse", "dlse") else self.o_shape
-                self._check_like(name, x, self.result_dtype(name), shape)
+        given = {name: x for name, x in inputs.items() if x is not None or name != "dlse"}
+        self._check_like(given, self._rows)
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shapes and dtypes of what belongs to the rows of q."""
+        o, lse = (self.o_shape, self.dtype), (self.lse_shape, self.compute_dtype)
+        return {"do": o, "o": o, "lse": lse, "dlse": lse}
 
     def check_out(
         self,
-        out: tuple[Array | None, ...] | None,
-        shapes: dict[str, tuple[int, ...]],
+        out: tuple[Array | None, ...],
+        takes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]],
         inputs: dict[str, Array | None],
-    ) -> dict[str, Array]:
+    ) -> None:
         """Check arrays that a caller wants results written to, before any work.
 
-        ``shapes`` has the name and the shape of each result, in the order of ``out``.
+        ``takes`` has the name, the shape and the dtype of each result, in the order of ``out``.
 
         Raises
         ------
@@ -162,48 +166,53 @@ class Problem:
             A shape that is not the result's, read-only memory, or an overlap with an input, with
             another output or with itself.
         """
-        if out is None:
-            return {}
-        if not isinstance(out, tuple) or len(out) != len(shapes):
-            raise TypeError(f"out: got {type(out).__name__}, takes a tuple ({', '.join(shapes)})")
-        given = {name: x for name, x in zip(shapes, out, strict=True) if x is not None}
-        others = {name: x for name, x in inputs.items() if x is not None}
-        for name, x in given.items():
-            self._check_like(f"out ({name})", x, self.result_dtype(name), shapes[name])
+        if not isinstance(out, tuple) or len(out) != len(takes):
+            raise TypeError(f"out: got {type(out).__name__}, takes a tuple ({', '.join(takes)})")
+        takes = {f"out ({name})": like for name, like in takes.items()}
+        given = {label: x for label, x in zip(takes, out, strict=True) if x is not None}
+        self._check_like(given, takes)
+        for label, x in given.items():
             if not arrays.writeable(x):
-                raise ValueError(f"out ({name}): got a read-only array, takes a writeable one")
-            if arrays.overlaps_itself(x):
-                raise ValueError(
-                    f"out ({name}): got strides {x.strides}, with which elements share memory; "
-                    "takes an array with a place of its own for each element"
-                )
-            for other, y in others.items():
-                if arrays.overlap(x, y):
-                    raise ValueError(
-                        f"out ({name}): got memory that overlaps {other}, takes memory of its own"
-                    )
-            others[f"out ({name})"] = x
-        return given
-
-    def result_dtype(self, name: str) -> np.dtype[Any]:
-        """Dtype of an array by its name: that of q, but for sums over a row's keys."""
-        return self.compute_dtype if name in ("lse", "dlse") else self.dtype
+                raise ValueError(f"{label}: got a read-only array, takes a writeable one")
+        found = arrays.first_overlap(
+            tuple([arrays.place(x) for x in given.values()]),
+            tuple([arrays.place(x) for x in inputs.values() if x is not None]),
+        )
+        if found is None:
+            return
+        label = [*given][found[0]]
+        other = [*(name for name, x in inputs.items() if x is not None), *given][found[1]]
+        if label == other:
+            raise ValueError(
+                f"{label}: got strides {given[label].strides}, with which elements share memory; "
+                "takes an array with a place of its own for each element"
+            )
+        raise ValueError(f"{label}: got memory that overlaps {other}, takes memory of its own")
 
     def _check_like(
-        self, label: str, x: Array, dtype: np.dtype[Any], shape: tuple[int, ...]
+        self,
+        named: dict[str, Array],
+        takes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]],
     ) -> None:
-        kind = arrays.kind_of(label, x)
-        if kind != self.kind:
-            raise TypeError(
-                f"{label}: got a {kind} array, takes a {self.kind} array as q, k and v are"
-            )
-        if x.dtype != dtype:
-            raise TypeError(f"{label}: got dtype {x.dtype}, takes {dtype} where q is {self.dtype}")
-        if x.shape != shape:
-            raise ValueError(f"{label}: got shape {x.shape}, takes {shape}")
+        """Check arrays against the shapes and dtypes that belong to q."""
+        for name, x in named.items():
+            kind = arrays.kind_of(name, x)
+            if kind != self.kind:
+                raise TypeError(
+                    f"{name}: got a {kind} array, takes a {self.kind} array as q, k and v are"
+                )
+            shape, dtype = takes[name]
+            if x.dtype != dtype:
+                raise TypeError(
+                    f"{name}: got dtype {x.dtype}, takes {dtype} where q is {self.dtype}"
+                )
+            if x.shape != shape:
+                raise ValueError(f"{name}: got shape {x.shape}, takes {shape}")
+        if self.kind == "cupy":
+            arrays.check_device(named)
 
 
-@lru_cache(maxsize=4096, typed=True)  # typed, or else 1 would pass for True after a call with True
+@lru_cache(maxsize=4096)
 def _problem(
     kind: arrays.Kind,
     device: Device | None,
@@ -214,9 +223,10 @@ def _problem(
     v: tuple[int, ...],
     v_dtype: np.dtype[Any],
     causal: bool,
-    window: Window,
     scale: float | None,
     softcap: float | None,
+    types: tuple[type, ...],
+    window: Window,
     slopes: tuple[int, ...] | None,
     slopes_dtype: np.dtype[Any] | None,
     precision: Precision | None,
@@ -225,6 +235,7 @@ def _problem(
     """Check all that depends on nothing but the arguments given here.
 
     Of arrays these are shapes and dtypes; of the current device, why it is none, see `why_no_gpu`.
+    ``types`` are those of the options before it, which only tell apart what looks equal.
     """
     _check_axes(q, k, v)
     fits_gpu = max(q[-1], v[-1]) <= MAX_GPU_HEAD_DIM

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from strategies import BFLOAT16, FLOAT16, FLOAT32
 
-from flash_cupy.cuda import force_family, hopper, hopper_backward
+from flash_cupy.arrays import address
+from flash_cupy.cuda import force_family, hopper, hopper_backward, tensor_maps
 from flash_cupy.cuda.compiler import compile_cubin, kernel_folder
-from flash_cupy.cuda.engine import Call, choose_family, make_launch
-from flash_cupy.cuda.launch import arguments
+from flash_cupy.cuda.engine import Call, choose_family, make_launch, make_work
+from flash_cupy.cuda.launch import Work, gpu_arguments
 from flash_cupy.cuda.params import ATTENTION_PARAMS
 from flash_cupy.cuda.plan import Card, KernelPlan
 from flash_cupy.cuda.tensor_maps import MAP_BYTES, BoxMap
+from flash_cupy.cuda.tensors import Layout, alignment
 from flash_cupy.problem import Options, Problem
 
 HOPPER = Card((9, 0), 227 << 10, multiprocessors=132, hopper=True)
@@ -32,11 +34,10 @@ HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256),
 
 
 class FakeMachine:
-    """A machine that compiles and runs nothing; it counts the maps that it encodes."""
+    """A machine that compiles and runs nothing."""
 
     def __init__(self, card: Card) -> None:
         self._card = card
-        self.encoded: list[BoxMap] = []
 
     def device(self) -> int:
         return 0
@@ -46,10 +47,6 @@ class FakeMachine:
 
     def load(self, kernel: str, plan: KernelPlan) -> str:
         return kernel
-
-    def encode_map(self, box_map: BoxMap) -> bytes:
-        self.encoded.append(box_map)
-        return bytes([len(self.encoded)]) * MAP_BYTES
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -69,7 +66,7 @@ def call_of(
         tensors["alibi_slopes"] = np.ones(problem.heads, np.float32)
     tensors["o"] = aligned(problem.o_shape, q.dtype)
     tensors["lse"] = np.empty(problem.lse_shape, np.float32)
-    return Call(problem, tensors)
+    return Call(problem, tensors, alignment(tensors, map(address, tensors.values())))
 
 
 def simple_call(
@@ -293,18 +290,66 @@ def test_maps_are_in_the_order_of_the_struct() -> None:
     assert re.findall(r"^ +TensorMap (\w+);", body, re.M) == list(plan.boxes)
 
 
-def test_arguments_are_encoded_once_for_the_same_addresses() -> None:
-    machine = FakeMachine(HOPPER)
-    call = simple_call(100, 64, 64)
-    launch = make_launch("hopper_forward", call, machine)
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[BoxMap]:
+    """The maps that the GPU is asked to encode: here each becomes its number."""
+    maps: list[BoxMap] = []
+
+    def encode(box_map: BoxMap) -> bytes:
+        maps.append(box_map)
+        return bytes([len(maps)]) * MAP_BYTES
+
+    monkeypatch.setattr(tensor_maps, "encode", encode)
+    return maps
+
+
+def test_arguments_are_encoded_once_for_the_same_addresses(encoded: list[BoxMap]) -> None:
+    launch = make_launch("hopper_forward", simple_call(100, 64, 64), FakeMachine(HOPPER))
     assert launch.tensors == ("q", "k", "v", "o", "lse")
-    params, maps = arguments(launch, (16, 32, 48, 64, 80), machine)
+    work = Work((launch,), (), zeroed=False)
+    ((params, maps),) = gpu_arguments(work, 16, 32, 48, 64, 80)
     assert params.view(ATTENTION_PARAMS)["v"]["data"] == 48
     assert maps.tobytes() == b"".join(bytes([i]) * MAP_BYTES for i in (1, 2, 3, 4))
-    assert [box_map.address for box_map in machine.encoded] == [16, 32, 48, 64]
-    assert arguments(launch, (16, 32, 48, 64, 80), machine)[1] is maps
-    arguments(launch, (16, 32, 48, 96, 80), machine)
-    assert len(machine.encoded) == 8
+    assert [box_map.address for box_map in encoded] == [16, 32, 48, 64]
+    assert gpu_arguments(work, 16, 32, 48, 64, 80)[0][1] is maps
+    gpu_arguments(work, 16, 32, 48, 96, 80)
+    assert len(encoded) == 8
+
+
+def backward_work(deterministic: bool) -> Work:
+    """A backward call of 2 heads."""
+    q = aligned((2, 200, 64), BFLOAT16)
+    forward = call_of(q, q, q, causal=True)
+    gradients = {"do_": q, "dq": q, "dk": q, "dv": q}
+    call = replace(forward, tensors={**forward.tensors, **gradients})
+    return make_work(call, deterministic, FakeMachine(HOPPER))
+
+
+def test_workspace_is_one_piece_of_memory(encoded: list[BoxMap]) -> None:
+    """Its tensors follow each other, aligned like arrays of their own."""
+    work = backward_work(deterministic=True)
+    row_dots, dq_sum, dq_turns = work.workspace
+    assert row_dots.dtype == dq_sum.dtype == np.float32 and dq_turns.dtype == np.int32
+    assert not work.zeroed
+    for (begin, end), x in zip(itertools.pairwise(work.offsets), work.workspace, strict=True):
+        assert begin % 512 == 0 and 0 <= end - begin - x.nbytes < 512
+    addresses = range(4096, 4096 * 10, 4096)
+    memory = 1 << 30
+    for launch, (params, *_) in zip(
+        work.launches, gpu_arguments(work, *addresses, memory), strict=True
+    ):
+        assert launch.tensors[-3:] == ("row_dots", "dq_sum", "dq_turns")
+        record = params.view(ATTENTION_PARAMS)
+        placed = [int(record[name]["data"][0]) for name in launch.tensors]
+        assert placed == [*addresses, *(memory + begin for begin in work.offsets[:-1])]
+
+
+def test_tickets_begin_at_zero() -> None:
+    masked = simple_call(hopper.MIN_DYNAMIC_SEQLEN, 64, 64, causal=True)
+    work = make_work(masked, False, FakeMachine(HOPPER))
+    assert work.zeroed and work.workspace == (Layout.contiguous((1, 1), np.dtype(np.int32)),)
+    short = simple_call(hopper.MIN_DYNAMIC_SEQLEN - 1, 64, 64, causal=True)
+    assert make_work(short, False, FakeMachine(HOPPER)).workspace == ()
 
 
 def test_a_launch_has_no_more_blocks_than_there_are_multiprocessors() -> None:

@@ -37,7 +37,7 @@ def long_plans(hopper_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> It
     caches = (hopper_backward.choose_plan, hopper_backward.workspace)
 
     def forget() -> None:
-        hopper_engine._launches.clear()
+        hopper_engine._works.clear()
         for cache in caches:
             cache.cache_clear()
 

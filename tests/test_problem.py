@@ -13,6 +13,7 @@ import pytest
 
 import flash_cupy
 from flash_cupy import ahead, arrays, problem
+from flash_cupy.arrays import place
 from flash_cupy.cuda import hopper, plan
 from flash_cupy.gpu import why_no_gpu
 from flash_cupy.problem import Options, Problem
@@ -245,7 +246,7 @@ def test_out_may_overlap_no_input_of_the_backward_pass(name: str) -> None:
 def test_elements_that_share_memory(shape: tuple, strides: tuple, overlaps: bool) -> None:
     start = np.zeros(100, np.float32)[50:]
     x = np.lib.stride_tricks.as_strided(start, shape, strides)
-    assert arrays.overlaps_itself(x) == overlaps
+    assert arrays.overlaps_itself(place(x)) == overlaps
 
 
 def test_interleaved_out_is_no_overlap() -> None:
@@ -471,6 +472,6 @@ def test_overlap_on_a_gpu_is_found_without_asking_it(cupy_array: Callable[..., A
     """No kernel could run here; packed gradients interleave in every training step."""
     packed = cupy_array(array(5, 3, 8))
     dq, dk, _ = (packed[:, i] for i in range(3))
-    assert not arrays.overlap(dq, dk)
-    assert arrays.overlap(dq, packed[2:3, 0])
-    assert arrays.overlaps_itself(cupy_array(np.broadcast_to(array(1, 8), (5, 8))))
+    assert not arrays.overlap(place(dq), place(dk))
+    assert arrays.overlap(place(dq), place(packed[2:3, 0]))
+    assert arrays.overlaps_itself(place(cupy_array(np.broadcast_to(array(1, 8), (5, 8)))))

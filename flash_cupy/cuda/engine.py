@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..arrays import Array, address, namespace, sum_to
+from ..arrays import Array, sum_to
 from ..problem import Problem
 from . import hopper, hopper_backward
-from .launch import Launch, Machine
+from .launch import Launch, Machine, Work
 from .packing import pack_groups
 from .plan import padded_head_dim, plan_kernel, score_options
-from .tensors import OF_Q_DTYPE, WIDEST_ACCESS, access_bytes, fill_params
+from .tensors import (
+    WIDEST_ACCESS,
+    Layout,
+    access_bytes,
+    alignment,
+    axes_after_head,
+    fill_params,
+)
 
 Tensors = dict[str, Array]
 
 #: Kernels that compute the same: for every GPU, and for those of compute capability 9.0.
 Family = Literal["portable", "hopper"]
 
-#: Launches that an engine remembers; a program with ever new lengths starts over at this number.
-MAX_LAUNCHES = 4096
+#: Arrays that kernels get in place of some of a call's, see `stand_ins`.
+StandIns = dict[str, Layout]
+
+#: Calls that an engine remembers; a program with ever new lengths starts over at this number.
+MAX_WORKS = 4096
+
+GRADIENTS = ("dq", "dk", "dv")
+
+#: Tensors of a workspace that count; all others are sums.
+COUNTERS = ("tickets", "dq_turns")
 
 _forced_family: ContextVar[Family | None] = ContextVar("forced_family", default=None)
 
@@ -44,27 +60,12 @@ def force_family(family: Family) -> Iterator[None]:
         _forced_family.reset(token)
 
 
-class Call:
-    """A problem with its arrays, and what all calls have in common that look alike."""
-
-    def __init__(self, problem: Problem, tensors: Tensors) -> None:
-        self.problem = problem
-        self.tensors = tensors
-        self.alignment = 0
-        for name, x in tensors.items():
-            if name in OF_Q_DTYPE:
-                self.alignment |= address(x)
-        self.alignment %= WIDEST_ACCESS
-        self.key = (problem, self.alignment, *[x.strides for x in tensors.values()])
-
-
 class CudaEngine:
     """Runs attention on the arrays of one machine."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._launches: dict[tuple[Any, ...], Launch] = {}
-        self._families: dict[tuple[Any, ...], Family] = {}
+        self._works: dict[tuple[Any, ...], Work | StandIns] = {}
 
     def forward(
         self,
@@ -77,16 +78,10 @@ class CudaEngine:
         lse: Array,
     ) -> None:
         """Compute the output O and the log-sum-exp L into o and lse."""
-        tensors = self._inputs(problem, {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes})
-        tensors |= {"o": self._writable(o), "lse": lse}
-        call = Call(*pack_groups(problem, tensors))
-        if self._family(call) == "hopper":
-            if hopper.is_dynamic(call.problem):
-                call.tensors["tickets"] = self.machine.zero()
-            self._run("hopper_forward", call)
-        else:
-            self._run("attention_forward", call)
-        _bring(tensors, o=o)
+        tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse}
+        if alibi_slopes is not None:
+            tensors["alibi_slopes"] = alibi_slopes
+        self._compute(problem, tensors)
 
     def backward(
         self,
@@ -105,87 +100,138 @@ class CudaEngine:
         deterministic: bool,
     ) -> None:
         """Compute the gradients into dq, dk and dv, which have the shapes of q, k and v."""
-        given = {"do_": do, "q": q, "k": k, "v": v, "o": o, "alibi_slopes": alibi_slopes}
-        tensors = self._inputs(problem, given) | {"lse": lse}
+        tensors = {"do_": do, "q": q, "k": k, "v": v, "o": o, "lse": lse}
         if dlse is not None:
             tensors["dlse"] = dlse
-        with full_gradients(problem, self.machine.empty, dq, dk, dv) as (dq, dk, dv):
-            tensors |= {name: self._writable(x) for name, x in (("dq", dq), ("dk", dk), ("dv", dv))}
-            call = Call(*pack_groups(problem, tensors))
-            if self._family(call) == "hopper":
-                self._hopper_backward(call, deterministic)
-            else:
-                self._portable_backward(call, deterministic)
-            _bring(tensors, dq=dq, dk=dk, dv=dv)
+        if alibi_slopes is not None:
+            tensors["alibi_slopes"] = alibi_slopes
+        tensors["dq"], tensors["dk"], tensors["dv"] = dq, dk, dv
+        self._compute(problem, tensors, deterministic)
 
-    def _portable_backward(self, call: Call, deterministic: bool) -> None:
-        problem, tensors = call.problem, call.tensors
-        real = problem.compute_dtype
-        tensors["row_dots"] = self.machine.empty((*problem.rows_shape, 2), real)
-        if not deterministic:
-            # dQ grows here as all blocks add to it; rows and columns filled up as kernels need it.
-            rows = -(-problem.seqlen_q // 16) * 16
-            shape = (*problem.rows_shape[:-1], rows, padded_head_dim(problem.head_dim))
-            tensors["dq_sum"] = self.machine.empty(shape, real)
-        self._run("row_dots", call)
-        self._run("attention_backward", call)
-        self._run("attention_backward_dq" if deterministic else "store_dq", call)
+    def _compute(self, problem: Problem, tensors: Tensors, deterministic: bool = False) -> None:
+        """Run a call's kernels: those of the call before it that looks alike, on its own arrays."""
+        machine = self.machine
+        arrays = tensors.values()
+        addresses = machine.addresses(arrays)
+        key = (
+            problem,
+            deterministic,
+            _forced_family.get(),
+            machine.device(),
+            *tensors,
+            *[x.strides for x in arrays],
+            *[address % WIDEST_ACCESS for address in addresses],
+        )
+        work: Work | StandIns | None = self._works.get(key)
+        if work is None:
+            if len(self._works) >= MAX_WORKS:
+                self._works.clear()
+            work = stand_ins(problem, tensors)
+            if not work:
+                call = Call(*pack_groups(problem, tensors), alignment(tensors, addresses))
+                work = make_work(call, deterministic, machine)
+            self._works[key] = work
+        if isinstance(work, Work):
+            machine.run(work, arrays, addresses)
+        else:
+            self._compute_by_stand_ins(problem, tensors, deterministic, work)
 
-    def _hopper_backward(self, call: Call, deterministic: bool) -> None:
-        problem, tensors = call.problem, call.tensors
-        shapes = hopper_backward.workspace(problem, "alibi_slopes" in tensors, deterministic)
-        for name, shape in shapes.items():
-            dtype = np.dtype(np.int32 if name == "dq_turns" else np.float32)
-            tensors[name] = self.machine.empty(shape, dtype)
-        for kernel in hopper_backward.kernels(problem):
-            self._run(kernel, call)
-
-    def _inputs(self, problem: Problem, given: dict[str, Array | None]) -> Tensors:
-        """Make inputs readable by kernels: the last axis contiguous, slopes in the sums' dtype."""
-        tensors: Tensors = {}
-        for name, x in given.items():
-            if x is None:
-                continue
-            if name == "alibi_slopes":
-                x = x.astype(problem.compute_dtype, copy=False)
-            elif not _rows_are_contiguous(x):
-                x = namespace(x).ascontiguousarray(x)
-            tensors[name] = x
-        return tensors
-
-    def _writable(self, x: Array) -> Array:
-        """Return memory like x that kernels can write rows to: x itself if they are contiguous."""
-        return x if _rows_are_contiguous(x) else self.machine.empty(x.shape, x.dtype)
-
-    def _family(self, call: Call) -> Family:
-        """Return the family that computes a call."""
-        key = (self.machine.device(), _forced_family.get(), *call.key)
-        family = self._families.get(key)
-        if family is None:
-            family = choose_family(call, self.machine)
-            _remember(self._families, key, family)
-        return family
-
-    def _run(self, kernel: str, call: Call) -> None:
-        key = (kernel, self.machine.device(), *call.tensors, *call.key)
-        launch = self._launches.get(key)
-        if launch is None:
-            launch = make_launch(kernel, call, self.machine)
-            _remember(self._launches, key, launch)
-        self.machine.run(launch, list(call.tensors.values()))
+    def _compute_by_stand_ins(
+        self, problem: Problem, given: Tensors, deterministic: bool, layouts: StandIns
+    ) -> None:
+        """Run a call's kernels on other arrays than some of those given: copies there and back."""
+        others = {name: self.machine.empty(x.shape, x.dtype) for name, x in layouts.items()}
+        results = GRADIENTS if "dq" in given else ("o",)
+        for name in others.keys() - results:
+            others[name][...] = given[name]
+        self._compute(problem, given | others, deterministic)
+        for name in others.keys() & results:
+            bring(problem, others[name], given[name])
 
 
-def _remember(memory: dict[tuple[Any, ...], Any], key: tuple[Any, ...], value: Any) -> None:
-    if len(memory) >= MAX_LAUNCHES:
-        memory.clear()
-    memory[key] = value
+def stand_ins(problem: Problem, tensors: Mapping[str, Array]) -> StandIns:
+    """Return the layouts of arrays that kernels get in place of some of a call's.
+
+    Kernels take rows that are contiguous, slopes in the dtype of the sums, and gradients with all
+    batch axes, also those of broadcast inputs.
+    """
+    layouts = {}
+    for name, x in tensors.items():
+        shape = full_shape(problem, x) if name in GRADIENTS else x.shape
+        dtype = problem.compute_dtype if name == "alibi_slopes" else x.dtype
+        rows = axes_after_head(name) == 2
+        contiguous = not rows or x.shape[-1] == 1 or x.strides[-1] == x.itemsize
+        if shape != x.shape or dtype != x.dtype or not contiguous:
+            layouts[name] = Layout.contiguous(shape, dtype)
+    return layouts
 
 
-def _bring(tensors: Tensors, **results: Array) -> None:
-    """Copy results to where they belong, if they were written elsewhere."""
-    for name, x in results.items():
-        if tensors[name] is not x:
-            x[...] = tensors[name]
+def full_shape(problem: Problem, gradient: Array) -> tuple[int, ...]:
+    """Return the shape of a gradient before it is summed along axes of broadcasting."""
+    shape = gradient.shape
+    full = (*problem.batch, *(shape[-3:-2] or (1,)), *shape[-2:])
+    return shape if math.prod(full) == gradient.size else full
+
+
+def bring(problem: Problem, result: Array, x: Array) -> None:
+    """Copy a result to where it belongs, a gradient summed along axes of broadcasting."""
+    if result.shape != x.shape:
+        result = sum_to(result.astype(problem.compute_dtype), x.shape)
+    x[...] = result
+
+
+@dataclass(frozen=True)
+class Call:
+    """What planning looks at: a problem with its tensors, arrays or layouts.
+
+    ``alignment`` is that of the arrays, see `tensors.alignment`.
+    """
+
+    problem: Problem
+    tensors: Mapping[str, Array | Layout]
+    alignment: int
+
+
+def make_work(call: Call, deterministic: bool, machine: Machine) -> Work:
+    """Plan the kernels of a call, and the workspace that they share."""
+    steps = hopper_steps if choose_family(call, machine) == "hopper" else portable_steps
+    kernels, shapes = steps(call, deterministic)
+    counter, real = np.dtype(np.int32), call.problem.compute_dtype
+    workspace = {
+        name: Layout.contiguous(shape, counter if name in COUNTERS else real)
+        for name, shape in shapes.items()
+    }
+    call = replace(call, tensors={**call.tensors, **workspace})
+    launches = tuple(make_launch(kernel, call, machine) for kernel in kernels)
+    return Work(launches, tuple(workspace.values()), zeroed="tickets" in workspace)
+
+
+#: Kernels in the order of their launches, and the shapes of their workspace.
+Steps = tuple[tuple[str, ...], dict[str, tuple[int, ...]]]
+
+
+def portable_steps(call: Call, deterministic: bool) -> Steps:
+    """Return the portable family's."""
+    if "dq" not in call.tensors:
+        return ("attention_forward",), {}
+    problem = call.problem
+    row_dots = (*problem.rows_shape, 2)
+    if deterministic:
+        return ("row_dots", "attention_backward", "attention_backward_dq"), {"row_dots": row_dots}
+    # dQ grows here as all blocks add to it; rows and columns filled up as kernels need it.
+    rows = -(-problem.seqlen_q // 16) * 16
+    dq_sum = (*problem.rows_shape[:-1], rows, padded_head_dim(problem.head_dim))
+    return ("row_dots", "attention_backward", "store_dq"), {"row_dots": row_dots, "dq_sum": dq_sum}
+
+
+def hopper_steps(call: Call, deterministic: bool) -> Steps:
+    """Return the Hopper family's."""
+    problem = call.problem
+    if "dq" not in call.tensors:
+        return ("hopper_forward",), {"tickets": (1, 1)} if hopper.is_dynamic(problem) else {}
+    return hopper_backward.kernels(problem), hopper_backward.workspace(
+        problem, "alibi_slopes" in call.tensors, deterministic
+    )
 
 
 def choose_family(call: Call, machine: Machine) -> Family:
@@ -236,27 +282,3 @@ def make_launch(kernel: str, call: Call, machine: Machine) -> Launch:
         tuple(tensors),
         hopper.box_maps(plan, tensors, params[0]),
     )
-
-
-@contextmanager
-def full_gradients(
-    problem: Problem,
-    empty: Callable[[tuple[int, ...], np.dtype[Any]], Array],
-    *given: Array,
-) -> Iterator[tuple[Array, ...]]:
-    """Yield gradients with all batch axes; sum those of broadcast inputs to the given arrays."""
-    full = []
-    for x in given:
-        heads = x.shape[-3:-2] or (1,)
-        shape = (*problem.batch, *heads, *x.shape[-2:])
-        complete = math.prod(shape) == x.size
-        full.append(x if complete else empty(shape, x.dtype))
-    yield tuple(full)
-    for x, y in zip(given, full, strict=True):
-        if y is not x:
-            x[...] = sum_to(y.astype(problem.compute_dtype), x.shape)
-
-
-def _rows_are_contiguous(x: Array) -> bool:
-    """Whether kernels can read and write the array as it is."""
-    return bool(x.shape[-1] == 1 or x.strides[-1] == x.itemsize)

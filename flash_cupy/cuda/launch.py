@@ -1,31 +1,41 @@
-"""Launches: a kernel with its plan and its parameters, and the machine that runs it."""
+"""Launches: kernels with their plans and their parameters, and the machine that runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import Array
+from ..gpu import current_device
 from . import compiler, tensor_maps
 from .params import ATTENTION_PARAMS
 from .plan import Card, KernelPlan
 from .tensor_maps import BoxMap
+from .tensors import Layout
 
-#: Arguments of launches that are remembered by the addresses of the tensors.
+#: Arguments that are remembered by the addresses of the tensors.
 MAX_ARGUMENTS = 4096
+
+#: The tensors of a workspace begin at multiples of this many bytes, as CuPy's arrays do.
+WORKSPACE_ALIGNMENT = 512
+
+#: The arguments of a kernel.
+Arguments = tuple[NDArray[np.void], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """All of a kernel launch but the addresses of its arrays: made once for calls that look alike.
+    """All of a kernel launch but the addresses of its tensors: made once for calls that look alike.
 
     ``kernel`` is what `Machine.load` returned for ``plan``. ``params`` has size 1; ``tensors`` are
-    the names of its tensors, in the order in which `Machine.run` is given their arrays. ``maps``
+    the names of its tensors, in the order in which `arguments` takes their addresses. ``maps``
     are the maps that the kernel takes beside it, by the names of their tensors, with address 0.
     """
 
@@ -36,15 +46,61 @@ class Launch:
     tensors: tuple[str, ...]
     maps: tuple[tuple[str, BoxMap], ...]
 
-    def with_addresses(self, addresses: Sequence[int]) -> NDArray[np.void]:
-        """Return a copy of the parameters in which the tensors are at these addresses.
+    @cached_property
+    def size(self) -> tuple[tuple[int], tuple[int], int]:
+        """Grid, block and bytes of dynamic shared memory, as a kernel is called with them."""
+        return (self.blocks,), (self.plan.threads,), self.plan.shared_bytes
 
-        As plain bytes: CuPy spells out a structured dtype in every launch, which takes longer than
-        all the rest of a call.
+    def arguments(
+        self, addresses: Sequence[int], encode_map: Callable[[BoxMap], bytes]
+    ) -> Arguments:
+        """Return the arguments of the kernel where the tensors are at these addresses.
+
+        ``encode_map`` returns the 128 bytes by which the device's TMA sees a tensor.
         """
         words = self.params.view(np.uint64).copy()
         words[_address_words(self.tensors)] = addresses
-        return words.view(_RAW_PARAMS)
+        # As plain bytes: CuPy spells out a structured dtype in every launch, which takes longer
+        # than all the rest of a call.
+        params = words.view(_RAW_PARAMS)
+        if not self.maps:
+            return (params,)
+        address = dict(zip(self.tensors, addresses, strict=True))
+        encoded = bytearray().join(
+            encode_map(box_map._replace(address=address[name])) for name, box_map in self.maps
+        )
+        return params, np.frombuffer(encoded, np.dtype((np.void, len(encoded))))
+
+
+_RAW_PARAMS = np.dtype((np.void, ATTENTION_PARAMS.itemsize))
+
+
+@cache
+def _address_words(tensors: tuple[str, ...]) -> NDArray[np.intp]:
+    """Where the addresses stand, counted in 8-byte words of the parameters."""
+    fields = ATTENTION_PARAMS.fields
+    assert fields is not None
+    return np.array([fields[name][1] // 8 for name in tensors], np.intp)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The launches of a call, one after the other, made once for calls that look alike.
+
+    All are on the same tensors: first those that the call is given, then those of ``workspace``,
+    which last as long as the call. They hold anything when the first kernel starts, or 0 if they
+    are ``zeroed``.
+    """
+
+    launches: tuple[Launch, ...]
+    workspace: tuple[Layout, ...]
+    zeroed: bool
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where in one piece of memory each tensor of the workspace begins, and its bytes."""
+        sizes = (-(-x.nbytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT for x in self.workspace)
+        return tuple(accumulate(sizes, initial=0))
 
 
 class Machine(Protocol):
@@ -59,56 +115,25 @@ class Machine(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Allocate an array in the device's memory."""
 
-    def zero(self) -> Array:
-        """Allocate an int32 in the device's memory that is 0 when the next kernel starts."""
+    def addresses(self, arrays: Iterable[Array]) -> list[int]:
+        """Return where arrays begin."""
 
     def load(self, kernel: str, plan: KernelPlan) -> Any:
         """Return a kernel, compiled for the current device."""
 
-    def encode_map(self, box_map: BoxMap) -> bytes:
-        """Return the 128 bytes by which the device's TMA sees a tensor."""
-
-    def run(self, launch: Launch, arrays: Sequence[Array]) -> None:
-        """Run a kernel on the tensors of the launch."""
-
-
-@lru_cache(MAX_ARGUMENTS)
-def arguments(
-    launch: Launch, addresses: tuple[int, ...], machine: Machine
-) -> tuple[NDArray[np.void], ...]:
-    """Return the arguments of a kernel whose tensors are at these addresses.
-
-    They are remembered: a training step finds its arrays where the one before had them.
-    """
-    params = launch.with_addresses(addresses)
-    if not launch.maps:
-        return (params,)
-    address = dict(zip(launch.tensors, addresses, strict=True))
-    encoded = bytearray().join(
-        machine.encode_map(box_map._replace(address=address[name])) for name, box_map in launch.maps
-    )
-    return params, np.frombuffer(encoded, np.dtype((np.void, len(encoded))))
-
-
-_RAW_PARAMS = np.dtype((np.void, ATTENTION_PARAMS.itemsize))
-
-
-@cache
-def _address_words(tensors: tuple[str, ...]) -> NDArray[np.intp]:
-    """Where the addresses stand, counted in 8-byte words of the parameters."""
-    fields = ATTENTION_PARAMS.fields
-    assert fields is not None
-    return np.array([fields[name][1] // 8 for name in tensors], np.intp)
+    def run(self, work: Work, arrays: Iterable[Array], addresses: list[int]) -> None:
+        """Run kernels on the arrays of a call, which begin at these addresses."""
 
 
 class Gpu:
-    """The current CUDA device, on CuPy's current stream and with its current allocator."""
+    """The current CUDA device, on CuPy's current stream and with its current allocator.
+
+    CuPy has been imported by whoever found out that there is one.
+    """
 
     def device(self) -> int:
         """Return the number of the current device."""
-        import cupy
-
-        return int(cupy.cuda.runtime.getDevice())
+        return current_device()
 
     def card(self) -> Card:
         """Return what plans need to know of the current device."""
@@ -116,34 +141,42 @@ class Gpu:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Allocate an array on the current device."""
-        import cupy
+        return sys.modules["cupy"].ndarray(shape, dtype)
 
-        return cupy.ndarray(shape, dtype)
-
-    def zero(self) -> Array:
-        """Allocate an int32 on the current device that is 0 when the next kernel starts."""
-        word = self.empty((1, 1), np.dtype(np.int32))
-        word.data.memset_async(0, word.nbytes)
-        return word
+    def addresses(self, arrays: Iterable[Array]) -> list[int]:
+        """Return where arrays begin."""
+        return [x.data.ptr for x in arrays]
 
     def load(self, kernel: str, plan: KernelPlan) -> Any:
         """Return a kernel, compiled for the current device."""
         return compiler.load(kernel, plan)
 
-    def encode_map(self, box_map: BoxMap) -> bytes:
-        """Return the 128 bytes by which the device's TMA sees a tensor."""
-        return tensor_maps.encode(box_map)
+    def run(self, work: Work, arrays: Iterable[Array], addresses: list[int]) -> None:
+        """Launch kernels on the current stream, with the whole workspace in one allocation.
 
-    def run(self, launch: Launch, arrays: Sequence[Array]) -> None:
-        """Launch a kernel on the current stream."""
-        plan = launch.plan
-        addresses = tuple([x.data.ptr for x in arrays])
-        launch.kernel(
-            (launch.blocks,),
-            (plan.threads,),
-            arguments(launch, addresses, self),
-            shared_mem=plan.shared_bytes,
-        )
+        What they no longer use is given back to the allocator, which keeps the stream's order.
+        """
+        if work.workspace:
+            nbytes = work.offsets[-1]
+            memory = sys.modules["cupy"].cuda.alloc(nbytes)
+            if work.zeroed:
+                memory.memset_async(0, nbytes)
+            addresses = [*addresses, memory.ptr]
+        for launch, args in zip(work.launches, gpu_arguments(work, *addresses), strict=True):
+            grid, block, shared_bytes = launch.size
+            launch.kernel(grid, block, args, shared_mem=shared_bytes)
+
+
+@lru_cache(MAX_ARGUMENTS)
+def gpu_arguments(work: Work, *addresses: int) -> tuple[Arguments, ...]:
+    """Return the arguments of each launch; the last address is that of the workspace, if any.
+
+    They are remembered: a training step finds its arrays where the one before had them.
+    """
+    if work.workspace:
+        *given, memory = addresses
+        addresses = (*given, *(memory + offset for offset in work.offsets[:-1]))
+    return tuple(launch.arguments(addresses, tensor_maps.encode) for launch in work.launches)
 
 
 @cache

@@ -1,31 +1,29 @@
 """Short queries of grouped heads, packed into the rows of one head.
 
 The query heads of a group see the same keys. Where no mask or slope tells their rows apart, they
-are rows of one longer sequence: tiles fill up, and each key is read once for all of them. As views,
-without a copy.
+are rows of one longer sequence: tiles fill up, and each key is read once for all of them. The same
+memory in another layout, without a copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 from ..arrays import Array
 from ..band import Band
 from ..problem import Problem
-from .tensors import axes_after_head
+from .tensors import Layout, axes_after_head
 
 #: Queries of a head up to which heads are packed: longer ones fill tiles by themselves.
 MAX_PACKED_ROWS = 64
-
-#: Problems that are remembered.
-MAX_PROBLEMS = 4096
 
 #: Tensors with a row for each query.
 OF_QUERIES = ("q", "o", "lse", "do_", "dlse", "dq")
 
 
-def pack_groups(problem: Problem, tensors: dict[str, Array]) -> tuple[Problem, dict[str, Array]]:
+def pack_groups(
+    problem: Problem, tensors: dict[str, Array | Layout]
+) -> tuple[Problem, dict[str, Array | Layout]]:
     """Return a call with the heads of each group packed, or the call as it is."""
     band = problem.band
     if (
@@ -44,9 +42,8 @@ def pack_groups(problem: Problem, tensors: dict[str, Array]) -> tuple[Problem, d
     }
 
 
-@lru_cache(MAX_PROBLEMS)
 def packed(problem: Problem) -> Problem:
-    """Return the problem of the packed call; equal for equal calls, as launches are found by it."""
+    """Return the problem of the packed call."""
     rows = problem.group * problem.seqlen_q
     *lead, _, _, head_dim_v = problem.o_shape
     return replace(
@@ -65,7 +62,13 @@ def _rows_follow_heads(name: str, x: Array) -> bool:
     return bool(length == 1 or x.strides[head] == length * stride)
 
 
-def _pack(name: str, x: Array, kv_heads: int) -> Array:
+def _pack(name: str, x: Array, kv_heads: int) -> Layout:
     head = x.ndim - 1 - axes_after_head(name)
-    rows = x.shape[head] * x.shape[head + 1] // kv_heads
-    return x.reshape(*x.shape[:head], kv_heads, rows, *x.shape[head + 2 :])
+    heads, length = x.shape[head : head + 2]
+    rows = heads * length // kv_heads
+    row = x.strides[head + (length > 1)]  # rows of length 1 are as far apart as their heads
+    return Layout(
+        (*x.shape[:head], kv_heads, rows, *x.shape[head + 2 :]),
+        (*x.strides[:head], row * rows, row, *x.strides[head + 2 :]),
+        x.dtype,
+    )

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..problem import Problem
-from .engine import CudaEngine, full_gradients
+from .engine import CudaEngine, bring, full_shape
 from .params import BATCH_AXES
 from .tensors import axes_after_head
 
@@ -133,9 +133,15 @@ class StagedEngine:
                 deterministic,
             )
 
-        with full_gradients(problem, np.empty, dq, dk, dv) as grads:
-            outputs = dict(zip(("dq", "dk", "dv"), grads, strict=True))
-            _run_in_chunks(problem, inputs, outputs, compute)
+        gradients = {"dq": dq, "dk": dk, "dv": dv}
+        full = {
+            name: x if (shape := full_shape(problem, x)) == x.shape else np.empty(shape, x.dtype)
+            for name, x in gradients.items()
+        }
+        _run_in_chunks(problem, inputs, full, compute)
+        for name, x in gradients.items():
+            if full[name] is not x:
+                bring(problem, full[name], x)
 
 
 def _run_in_chunks(

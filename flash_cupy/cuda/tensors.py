@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,35 @@ def axes_after_head(name: str) -> int:
 
 #: The widest access of a kernel, in bytes.
 WIDEST_ACCESS = 16
+
+
+class Layout(NamedTuple):
+    """All of a tensor but its address: planning asks no more of an array. Steps are in bytes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def contiguous(cls, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Layout:
+        """Return that of a new array."""
+        strides = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+        return cls(shape, tuple(strides), dtype)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -103,6 +132,15 @@ def fill_params(problem: Problem, tensors: Mapping[str, Array]) -> NDArray[Any]:
     record["band_low"] = -BAND_LIMIT if band.left is None else band.offset - band.left
     record["band_high"] = BAND_LIMIT if band.right is None else band.offset + band.right
     return params
+
+
+def alignment(names: Iterable[str], addresses: Iterable[int]) -> int:
+    """Return the addresses of the tensors of q's dtype, modulo `WIDEST_ACCESS`, combined by or."""
+    combined = 0
+    for name, address in zip(names, addresses, strict=True):
+        if name in OF_Q_DTYPE:
+            combined |= address
+    return combined % WIDEST_ACCESS
 
 
 def access_bytes(tensors: Mapping[str, Array], addresses: int) -> int:

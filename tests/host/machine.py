@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flash_cupy.arrays import address
 from flash_cupy.cuda.compiler import inline_includes, kernel_folder
-from flash_cupy.cuda.launch import Launch, arguments
+from flash_cupy.cuda.launch import Work
 from flash_cupy.cuda.plan import Card, KernelPlan
 from flash_cupy.cuda.tensor_maps import MAP_BYTES, BoxMap
 
@@ -56,10 +57,6 @@ class HostMachine:
         data = np.full((*shape, dtype.itemsize), POISON, np.uint8)
         return data.view(dtype)[..., 0]
 
-    def zero(self) -> NDArray[Any]:
-        """Make an int32 that is 0."""
-        return np.zeros((1, 1), np.int32)
-
     def device(self) -> int:
         """Return the number of the only device."""
         return 0
@@ -69,23 +66,33 @@ class HostMachine:
         source = inline_includes(f"{kernel}.cu", (HERE, kernel_folder()))
         return self.host.compile(source, kernel, plan.options())
 
-    def encode_map(self, box_map: BoxMap) -> bytes:
-        """Return the 128 bytes by which the host device sees a tensor."""
-        return encode_map(box_map)
+    def addresses(self, arrays: Iterable[NDArray[Any]]) -> list[int]:
+        """Return where arrays begin, in NumPy's memory."""
+        return [address(x) for x in arrays]
 
-    def run(self, launch: Launch, arrays: Sequence[NDArray[Any]]) -> None:
-        """Run a kernel; a kernel that misbehaves is a `HostKernelError`."""
-        images = [Image(self.host, x) for x in arrays]
-        launch.kernel(
-            (launch.blocks,),
-            (launch.plan.threads,),
-            arguments(launch, tuple(image.address for image in images), self),
-            shared_mem=launch.plan.shared_bytes,
-            seed=self.launches,
-        )
-        self.launches += 1
-        for image in images:
-            image.copy_back()
+    def run(self, work: Work, arrays: Iterable[NDArray[Any]], addresses: list[int]) -> None:
+        """Run kernels; one that misbehaves is a `HostKernelError`.
+
+        Each tensor of the workspace has memory of its own: a kernel that leaves it is found out.
+        """
+        workspace = [self.empty(x.shape, x.dtype) for x in work.workspace]
+        if work.zeroed:
+            for x in workspace:
+                x[...] = 0
+        tensors = [*arrays, *workspace]
+        for launch in work.launches:
+            images = [Image(self.host, x) for x in tensors]
+            grid, block, shared_bytes = launch.size
+            launch.kernel(
+                grid,
+                block,
+                launch.arguments([image.address for image in images], encode_map),
+                shared_mem=shared_bytes,
+                seed=self.launches,
+            )
+            self.launches += 1
+            for image in images:
+                image.copy_back()
 
 
 def encode_map(box_map: BoxMap) -> bytes:
