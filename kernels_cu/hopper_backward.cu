@@ -310,11 +310,13 @@ struct Consumer : BackwardConsumer<Config> {
         this->meet_consumers();
     }
 
-    // dQ of the last step, of which `index` is the number.
+    // dQ of the last step, of which `index` is the number. Meanwhile dV goes out: nobody else reads
+    // these rows of V.
     DEVICE void finish_dq(uint32 index) {
         this->remove_nonfinite_keys();
         DqSums dq;
         multiply_late_dq(dq, index);
+        store_dv();
         wgmma_wait<0>();
         pass_dq(dq);
     }
@@ -370,21 +372,28 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
+    DEVICE void store_dv() const {
+        store(dv, 1, block.v_tile(), block.maps.dv);
+    }
+    DEVICE void store_dk() const {
+        const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
+        store(dk, scale, block.k_tile(), block.maps.dk);
+    }
+
     DEVICE void run() {
         const TileRange tiles = block.query_tiles();
-        if (tiles.begin < tiles.end) {
-            clear_ds();
-            wait_for(block.barrier(Block::KV_FULL), 0);
-        }
+        clear_ds();
         const uint32 steps = block.for_each_step([&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
-        if (steps > 0) finish_dq(steps - 1);
-        this->meet_consumers();  // nobody reads K and V any more
-        const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
-        store(dv, 1, block.v_tile(), block.maps.dv);
-        store(dk, scale, block.k_tile(), block.maps.dk);
+        if (steps > 0) {
+            finish_dq(steps - 1);
+        } else {
+            store_dv();
+        }
+        this->meet_consumers();  // nobody reads K any more
+        store_dk();
         if (leads()) wait_bulk_read<0>();
         sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);  // the writer's last arrival
     }

@@ -53,7 +53,6 @@ struct BackwardBlock {
 
     // mbarriers in shared memory; after them the inspectors' findings.
     enum Barrier {
-        KV_FULL,
         Q_FULL,
         Q_EMPTY = Q_FULL + STAGES,
         DO_FULL = Q_EMPTY + STAGES,
@@ -200,7 +199,6 @@ struct BackwardBlock {
         store_shared(address(DQ_TURNS), head_data<int32>(params.dq_turns, first, first.head));
     }
     DEVICE void init_barriers() const {
-        init_barrier(barrier(KV_FULL), 1);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(barrier(Q_FULL + stage), 1);
@@ -257,36 +255,56 @@ struct BackwardBlock {
         }
     }
 
-    // One thread: all loads.
+    // One thread: all loads. K comes with the first Q, V with the first dO.
     DEVICE void produce() const {
         const HeadIndex keys = key_head();
         for_each_step([&](const Step& step) {
             const HeadIndex index = query_head(keys, step.head);
             const int32 row = step.tile * Config::TILE_M;
             const int q_full = Q_FULL + step.stage(), do_full = DO_FULL + step.stage();
+            const bool first = step.is_first();
             wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
-            arrive_expecting(barrier(q_full), QTile::BYTES + TERMS_BYTES);
+            arrive_expecting(barrier(q_full),
+                             QTile::BYTES + TERMS_BYTES + (first ? KTile::BYTES : 0));
+            if (first) load(k_tile(), maps.k, keys, first_key, q_full);
             load(q_tile(step.stage()), maps.q, index, row, q_full);
             load_bulk(terms(step.stage()),
                       load_address<const float>(ROW_DOTS) + step.head * params.row_dots.head +
                           2 * row,
                       TERMS_BYTES, barrier(q_full));
-            if (step.index == 0) {
-                arrive_expecting(barrier(KV_FULL), KTile::BYTES + VTile::BYTES);
-                load(k_tile(), maps.k, keys, first_key, KV_FULL);
-                load(v_tile(), maps.v, keys, first_key, KV_FULL);
-            }
             wait_for(barrier(DO_EMPTY + step.stage()), step.parity() ^ 1);
-            arrive_expecting(barrier(do_full), DoTile::BYTES);
+            arrive_expecting(barrier(do_full), DoTile::BYTES + (first ? VTile::BYTES : 0));
+            if (first) load(v_tile(), maps.v, keys, first_key, do_full);
             load(do_tile(step.stage()), maps.do_, index, row, do_full);
         });
+    }
+
+    // One thread: what the next block on this multiprocessor begins with is brought to L2.
+    DEVICE void prefetch_next() const {
+        const uint32 next = block + multiprocessors();
+        if (next >= gridDim.x) return;
+        const BackwardBlock other(params, maps, shared, next);
+        const TileRange tiles = other.query_tiles();
+        if (tiles.begin == tiles.end) return;
+        const HeadIndex keys = other.key_head(), first = other.query_head(keys, 0);
+        prefetch<KTile>(maps.k, keys, other.first_key);
+        prefetch<QTile>(maps.q, first, tiles.begin * Config::TILE_M);
+        prefetch<VTile>(maps.v, keys, other.first_key);
+        prefetch<DoTile>(maps.do_, first, tiles.begin * Config::TILE_M);
+    }
+    template <class Tile>
+    DEVICE void prefetch(const TensorMap& map, const HeadIndex& index, int32 row) const {
+#pragma unroll
+        for (int box = 0; box < Tile::BOXES; ++box) {
+            prefetch_box(&map, box_place(index, index.head, row, Tile::BOX_COLS * box));
+        }
     }
 
     // Three warps, once: look through K while the consumers compute their first S and dP.
     DEVICE void inspect_keys(int inspector) const {
         const TileRange tiles = query_tiles();
         if (tiles.begin == tiles.end) return;
-        wait_for(barrier(KV_FULL), 0);
+        wait_for(barrier(Q_FULL), 0);  // the first one
         bool found = false;
         const int first = inspector * WARP + lane_index();
 #pragma unroll 2
@@ -352,6 +370,7 @@ struct BackwardBlock {
             return;
         }
         if constexpr (Config::BAND) inspect_keys(warp - 1);
+        if (threadIdx.x == WARP) prefetch_next();
         if constexpr (!Config::WIDE) {
             if (warp >= 2) write_dq(warp - 2);
         }

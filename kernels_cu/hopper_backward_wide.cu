@@ -291,9 +291,9 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    // This consumer's columns of dk or dv, by way of `tile`, which no one reads any more.
+    // This consumer's columns of dk or dv to `tile`, which no one reads any more.
     template <class Tile>
-    DEVICE void store(const Sums& acc, float scale, Tile tile, const TensorMap& map) const {
+    DEVICE void store(const Sums& acc, float scale, Tile tile) const {
         const int lane = lane_index();
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
@@ -309,31 +309,35 @@ struct Consumer : BackwardConsumer<Config> {
                                            pack<T>(x[i + 6] * scale, x[i + 7] * scale));
             }
         }
-        fence_async_shared();
-        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-        if (leads()) {
-            const HeadIndex head = block.key_head();
+    }
+    // And from there to the tensor.
+    template <class Tile>
+    DEVICE void send(Tile tile, const HeadIndex& head, const TensorMap& map) const {
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                store_box(&map, box_place(head, head.head, block.first_key, first_dim(part)),
-                          tile.at(0, first_dim(part)));
-            }
-            commit_bulk();
+        for (int part = 0; part < PARTS; ++part) {
+            store_box(&map, box_place(head, head.head, block.first_key, first_dim(part)),
+                      tile.at(0, first_dim(part)));
         }
     }
 
     DEVICE void run() {
         const TileRange tiles = block.query_tiles();
-        if (tiles.begin < tiles.end) wait_for(block.barrier(Block::KV_FULL), 0);
         block.for_each_step([&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
         this->meet_consumers();  // nobody reads K and V any more
         const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
-        store(dv, 1, block.v_tile(), block.maps.dv);
-        store(dk, scale, block.k_tile(), block.maps.dk);
-        if (leads()) wait_bulk_read<0>();
+        store(dv, 1, block.v_tile());
+        store(dk, scale, block.k_tile());
+        fence_async_shared();
+        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
+        if (!leads()) return;
+        const HeadIndex head = block.key_head();
+        send(block.v_tile(), head, block.maps.dv);
+        send(block.k_tile(), head, block.maps.dk);
+        commit_bulk();
+        wait_bulk_read<0>();
     }
 };
 

@@ -35,7 +35,6 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
     const uint32 tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const HeadIndex index(params, blockIdx.x / tiles, params.heads);
     const int32 tile = blockIdx.x % tiles;
-    clear_dq(params, index, tile);
     RowTermsPair<float>* const pairs = reinterpret_cast<RowTermsPair<float>*>(
         Dots::row_data<float>(params.row_dots, index, tile * Config::TILE_M));
     // All lanes go on to the end, as rows are summed up by shuffles.
@@ -48,4 +47,5 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
             pairs[i / 2].dot[i % 2] = terms.dot;
         }
     }
+    clear_dq(params, index, tile);
 }

@@ -23,6 +23,22 @@ DEVICE void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// How many multiprocessors there are, at most.
+DEVICE uint32 multiprocessors() {
+    uint32 count;
+    asm("mov.u32 %0, %%nsmid;" : "=r"(count));
+    return count;
+}
+
+// A box of the tensor to L2, where a load will find it.
+DEVICE void prefetch_box(const TensorMap* map, BoxPlace place) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::
+                     "l"(map),
+                 "r"(place.col), "r"(place.row), "r"(place.head), "r"(place.batch[1]),
+                 "r"(place.batch[0])
+                 : "memory");
+}
+
 // A box of the tensor to shared memory (a multiple of 1024 where the map swizzles by 128 bytes);
 // what lies outside the tensor becomes zero. All of its bytes count at the barrier.
 DEVICE void load_box(uint32 shared, const TensorMap* map, BoxPlace place, uint32 barrier) {

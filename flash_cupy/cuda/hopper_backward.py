@@ -56,8 +56,8 @@ class HopperBackwardPlan(HopperPlan):
 
     @property
     def barriers(self) -> int:
-        """Barriers in shared memory: full and empty ones of q, do and dS; two for all."""
-        return 6 * self.stages + 2
+        """Barriers in shared memory: full and empty ones of q, do and dS; one for all."""
+        return 6 * self.stages + 1
 
     @property
     def passed_bytes(self) -> int:
@@ -134,8 +134,8 @@ class HopperBackwardWidePlan(HopperBackwardPlan):
 
     @property
     def barriers(self) -> int:
-        """Barriers in shared memory: full and empty ones of q and do; two for all."""
-        return 4 * self.stages + 2
+        """Barriers in shared memory: full and empty ones of q and do; one for all."""
+        return 4 * self.stages + 1
 
     @property
     def passed_bytes(self) -> int:
