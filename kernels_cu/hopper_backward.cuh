@@ -51,7 +51,7 @@ struct BackwardBlock {
     // Of dS, with barriers of their own: where dQ is computed a step late.
     static constexpr int DS_STAGES = Config::WIDE ? 0 : Config::WEIGHT_STAGES;
 
-    // mbarriers in shared memory; after them the inspectors' findings.
+    // mbarriers in shared memory.
     enum Barrier {
         Q_FULL,
         Q_EMPTY = Q_FULL + STAGES,
@@ -71,14 +71,20 @@ struct BackwardBlock {
     };
     static constexpr int DQ_THREADS = WARPGROUP + WARP;  // at DQ_FULL and DQ_EMPTY
 
-    // Where tensors of the group's first query head begin, kept in shared memory: registers are
-    // short everywhere, and to find the head takes several divisions.
-    enum Address { ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
-
     static constexpr int INSPECTORS = 3;  // warps
-    // A word for each of them (and one more, for the alignment), and the addresses.
+
+    // What one thread finds out for all, by several divisions, stands in shared memory, too, as
+    // registers are short: words of 4 bytes, behind them the addresses of the first query head of
+    // the group in some tensors.
+    enum Word {
+        FOUND,  // whether an inspector has found a non-finite value in K
+        KEY_HEAD = FOUND + INSPECTORS,
+        WORDS = KEY_HEAD + 1 + BATCH_AXES,
+    };
+    enum Address { ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
     static constexpr int BYTES =
-        BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + 4 * 4 + ADDRESSES * 8;
+        BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + WORDS * 4 + ADDRESSES * 8;
+    static_assert(WORDS % 2 == 0);
     static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
 
     // A tile of queries of a head of the group.
@@ -97,47 +103,51 @@ struct BackwardBlock {
         }
     };
 
+    // A key head, counted through all batch entries, and a tile of its keys.
+    struct Place {
+        uint32 head, tile;
+    };
+
     const AttentionParams& params;
     const BackwardMaps& maps;
     const uint32 shared;
-    const uint32 block;     // of the grid's
-    const int32 first_key;  // of the block
+    const Place place;
+    const int32 first_key;
 
     DEVICE BackwardBlock(const AttentionParams& params, const BackwardMaps& maps, uint32 shared,
                          uint32 block)
         : params(params),
           maps(maps),
           shared(shared),
-          block(block),
-          first_key(key_tile() * Config::TILE_N) {}
+          place(place_of(block)),
+          first_key(place.tile * Config::TILE_N) {}
 
-    // The block's key head, counted through all batch entries, and its tile of keys, counted from
-    // that which most queries of a causal mask see, or, in turns, from that which adds first to its
-    // first tile of queries. The tiles of a head are neighbours, so that its queries stay in L2.
-    // Where they differ in length, so many heads as run at a time are a section, which begins with
-    // the longest tiles of all of them: so the last blocks are short ones.
-    struct Place {
-        uint32 head, tile;
-    };
-    DEVICE Place place() const {
-        const uint32 tiles = key_tiles();
-        if (!Config::BAND) return {block / tiles, block % tiles};
+    // The place of a block of the grid. The tiles of a head are neighbours, so that its queries
+    // stay in L2, first that which most queries of a causal mask see, or, in turns, that which adds
+    // first to its first tile of queries. Where they differ in length, so many heads as run at a
+    // time are a section, which begins with the longest tiles of all of them: so the last blocks
+    // are short ones.
+    DEVICE Place place_of(uint32 block) const {
         constexpr uint32 BLOCKS_AT_A_TIME = 128;
-        const uint32 section = ceil_div(BLOCKS_AT_A_TIME, tiles);
+        const uint32 tiles = ceil_div(params.seqlen_k, Config::TILE_N);
+        const uint32 section = Config::BAND ? ceil_div(BLOCKS_AT_A_TIME, tiles) : 1;
         const uint32 first = block / (section * tiles) * section;
         const uint32 rest = block - first * tiles;
-        const uint32 wide = min(section, gridDim.x / tiles - first);
-        return {first + rest % wide, rest / wide};
+        const uint32 wide = Config::BAND ? min(section, gridDim.x / tiles - first) : 1;
+        const uint32 tile = rest / wide;
+        return {first + rest % wide, Config::DETERMINISTIC ? tiles - 1 - tile : tile};
     }
-    DEVICE int32 key_tile() const {
-        const int32 tile = place().tile;
-        return Config::DETERMINISTIC ? key_tiles() - 1 - tile : tile;
-    }
-    DEVICE int32 key_tiles() const {
-        return ceil_div(params.seqlen_k, Config::TILE_N);
+    DEVICE HeadIndex find_key_head() const {
+        return HeadIndex(params, place.head, params.heads / params.group);
     }
     DEVICE HeadIndex key_head() const {
-        return HeadIndex(params, place().head, params.heads / params.group);
+        HeadIndex index;
+        index.head = load_word(KEY_HEAD);
+#pragma unroll
+        for (int axis = 0; axis < BATCH_AXES; ++axis) {
+            index.batch[axis] = load_word(KEY_HEAD + 1 + axis);
+        }
+        return index;
     }
     // A query head of the group of a key head.
     DEVICE HeadIndex query_head(HeadIndex key_head, int32 head) const {
@@ -180,24 +190,32 @@ struct BackwardBlock {
     DEVICE uint32 barrier(int index) const {
         return shared + BARRIERS_OFFSET + index * BARRIER_BYTES;
     }
-    // Whether an inspector has found a non-finite value in K.
-    DEVICE uint32 finding(int inspector) const {
-        return barrier(BARRIERS) + inspector * static_cast<int>(sizeof(uint32));
+    DEVICE uint32 word(int index) const {
+        return barrier(BARRIERS) + index * static_cast<int>(sizeof(int32));
+    }
+    DEVICE int32 load_word(int index) const {
+        return load_shared<int32>(word(index));
     }
     template <class Element>
     DEVICE Element* load_address(Address tensor) const {
         return load_shared<Element*>(address(tensor));
     }
     DEVICE uint32 address(Address tensor) const {
-        return barrier(BARRIERS) + CHUNK_BYTES + tensor * 8;
+        return word(WORDS) + tensor * 8;
     }
     // By one thread, before all others start.
-    DEVICE void store_addresses() const {
-        const HeadIndex first = query_head(key_head(), 0);
+    DEVICE void store_head() const {
+        const HeadIndex keys = find_key_head(), first = query_head(keys, 0);
+        store_shared(word(KEY_HEAD), keys.head);
+#pragma unroll
+        for (int axis = 0; axis < BATCH_AXES; ++axis) {
+            store_shared(word(KEY_HEAD + 1 + axis), keys.batch[axis]);
+        }
         store_shared(address(ROW_DOTS), head_data<float>(params.row_dots, first, first.head));
         store_shared(address(DQ_SUM), head_data<float>(params.dq_sum, first, first.head));
         store_shared(address(DQ_TURNS), head_data<int32>(params.dq_turns, first, first.head));
     }
+    // By another one.
     DEVICE void init_barriers() const {
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -281,12 +299,12 @@ struct BackwardBlock {
 
     // One thread: what the next block on this multiprocessor begins with is brought to L2.
     DEVICE void prefetch_next() const {
-        const uint32 next = block + multiprocessors();
+        const uint32 next = blockIdx.x + multiprocessors();
         if (next >= gridDim.x) return;
         const BackwardBlock other(params, maps, shared, next);
         const TileRange tiles = other.query_tiles();
         if (tiles.begin == tiles.end) return;
-        const HeadIndex keys = other.key_head(), first = other.query_head(keys, 0);
+        const HeadIndex keys = other.find_key_head(), first = other.query_head(keys, 0);
         prefetch<KTile>(maps.k, keys, other.first_key);
         prefetch<QTile>(maps.q, first, tiles.begin * Config::TILE_M);
         prefetch<VTile>(maps.v, keys, other.first_key);
@@ -314,7 +332,7 @@ struct BackwardBlock {
         found = __any_sync(0xffffffff, found);
         __syncwarp();
         if (lane_index() == 0) {
-            store_shared<uint32>(finding(inspector), found);
+            store_shared<uint32>(word(FOUND + inspector), found);
             arrive_at(barrier(INSPECTED));
         }
     }
@@ -464,7 +482,7 @@ struct BackwardConsumer {
         uint32 found = 0;
 #pragma unroll
         for (int i = 0; i < Block::INSPECTORS; ++i) {
-            found |= load_shared<uint32>(block.finding(i));
+            found |= block.load_word(Block::FOUND + i);
         }
         return found;
     }
@@ -587,10 +605,8 @@ template <class Config, class Consumer>
 DEVICE void run_block(const AttentionParams& params, const BackwardMaps& maps) {
     const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
     const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
-    if (threadIdx.x == 0) {
-        block.init_barriers();
-        block.store_addresses();
-    }
+    if (threadIdx.x == 0) block.store_head();
+    if (threadIdx.x == WARP) block.init_barriers();
     __syncthreads();
     // Shuffled, so that the compiler knows it for uniform.
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);

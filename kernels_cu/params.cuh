@@ -63,6 +63,8 @@ struct HeadIndex {
 #pragma unroll
         for (int axis = BATCH_AXES - 1; axis >= 0; --axis) {
             const uint32 extent = params.batch[axis];
+            batch[axis] = 0;
+            if (extent == 1) continue;  // most are, and divisions take long
             batch[axis] = index % extent;
             index /= extent;
         }

@@ -196,7 +196,9 @@ class ForwardTiles(NamedTuple):
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (64, 64): [
-        ForwardTiles(128, 3, stages=3, modified=False, l2_bytes=16 << 20),
+        ForwardTiles(128, 3, stages=3, modified=False, min_seqlen=1024, l2_bytes=16 << 20),
+        ForwardTiles(128, 3, stages=3, modified=False, band=False),
+        ForwardTiles(128, 2, modified=False),
         ForwardTiles(96, 3, l2_bytes=16 << 20),
     ],
     (96, 96): [ForwardTiles(144, 2)],
@@ -206,8 +208,14 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
         ForwardTiles(128, 2, band=False),
         ForwardTiles(64, 2, stages=4),
     ],
-    (192, 128): [ForwardTiles(128, 2, modified=False), ForwardTiles(112, 2)],
-    (192, 192): [ForwardTiles(112, 2, modified=False), ForwardTiles(96, 2)],
+    (192, 128): [
+        ForwardTiles(128, 2, modified=False, l2_bytes=16 << 20),
+        ForwardTiles(112, 2, l2_bytes=16 << 20),
+    ],
+    (192, 192): [
+        ForwardTiles(112, 2, modified=False, l2_bytes=16 << 20),
+        ForwardTiles(96, 2, l2_bytes=16 << 20),
+    ],
     (256, 256): [
         ForwardTiles(80, 2, band=False, modified=False),
         ForwardTiles(80, 2, pingpong=False, modified=False, min_seqlen=2048, l2_bytes=32 << 20),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..arrays import Array
 from ..problem import Problem
 from .hopper import BARRIER_BYTES, GROUP_ROWS, SWIZZLE_ALIGNMENT, HopperPlan
+from .params import BATCH_AXES
 from .plan import Card, KernelPlan, ceil_div, head_count, row_bytes, score_options
 from .tensor_maps import BOX_COLUMNS
 from .tensors import WIDEST_ACCESS, access_bytes
@@ -73,14 +74,14 @@ class HopperBackwardPlan(HopperPlan):
             for rows in (self.tile_n, self.tile_m)
         )
         row_terms = 2 * self.tile_m * SUM_BYTES
-        findings, addresses = 4 * 4, 3 * 8
+        words, addresses = (3 + 1 + BATCH_AXES) * 4, 3 * 8
         return (
             SWIZZLE_ALIGNMENT
             + keys
             + self.stages * (queries + row_terms)
             + self.passed_bytes
             + self.barriers * BARRIER_BYTES
-            + findings
+            + words
             + addresses
         )
 
