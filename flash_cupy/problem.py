@@ -91,7 +91,7 @@ class Problem:
             *(causal, scale, softcap),
             # Or else 1 would pass for True after a call with True.
             (type(causal), type(scale), type(softcap)),
-            (None, None) if window is None else _check_window(window),
+            _check_window(window),
             *((None, None) if slopes is None else (slopes.shape, slopes.dtype)),
             precision,
             # Not asked by those who want the CPU: the answer takes an import of CuPy.

@@ -16,7 +16,7 @@
 //
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers 1, 2, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S(i); issue dP(i)
-//                                                           |   wait S(i); P(i)
+//                        with the first ones K and V        |   wait S(i); P(i)
 //   warps   inspectors   K, once ======== inspected ======> |   wait dP(i); dS(i)
 //   1 to 3  (BAND only)                                     |   dS(i) to shared memory
 //                                                           |      == ds_full =======> both
@@ -26,7 +26,11 @@
 //                                                           |   issue dK(i)
 //                                                           |   wait dQ(i - 1), hand it over
 //                                                           |      == ds_empty ======> both
-//                                                           |   wait dK(i), release Q
+//   warp 1  to L2 what the next block begins with           |   wait dK(i), release Q
+//                                                           | at the end:
+//                                                           |   issue the last dQ; dV goes out
+//                                                           |   wait dQ, hand it over
+//                                                           |   meet the other; dK goes out
 //
 // Lower case: mbarriers, one for each stage; upper case: named barriers. dQ takes the dS of both
 // consumers. As it is computed a step late, they need not be in step: while one computes
@@ -166,13 +170,10 @@ struct Consumer : BackwardConsumer<Config> {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const auto rows = score.rows(lane_key() + 8 * r);
-            const int32 first = rows.first - start, last = rows.last - start;
+            const uint32 seen = column_bits(rows.first - start, rows.last - start);
 #pragma unroll
             for (int j = 0; j < TILE_M / 4; ++j) {
-                const int query = j / 2 * 8 + j % 2;  // constants, counted from the lane's first
-                if ((Config::BAND && query < first) || query > last) {
-                    values[j / 2 * 4 + 2 * r + j % 2] = 0;
-                }
+                if (!(seen & 1u << j)) values[j / 2 * 4 + 2 * r + j % 2] = 0;
             }
         }
     }
@@ -186,7 +187,7 @@ struct Consumer : BackwardConsumer<Config> {
 
     // dS^T of this consumer to its columns of dS.
     DEVICE void store_ds(const Weights& ds, int stage) const {
-        const int lane = lane_index();
+        const int lane = recompute_from(lane_index());
         const auto tile = block.ds_tile(stage);
         const uint32 row = tile.at(lane / 16 * 8 + lane % 8,
                                    first_row() + warp_row() + lane / 8 % 2 * 8);

@@ -73,18 +73,19 @@ struct BackwardBlock {
 
     static constexpr int INSPECTORS = 3;  // warps
 
-    // What one thread finds out for all, by several divisions, stands in shared memory, too, as
-    // registers are short: words of 4 bytes, behind them the addresses of the first query head of
-    // the group in some tensors.
-    enum Word {
-        FOUND,  // whether an inspector has found a non-finite value in K
-        KEY_HEAD = FOUND + INSPECTORS,
-        WORDS = KEY_HEAD + 1 + BATCH_AXES,
-    };
+    // Words of 4 bytes, behind the barriers: what the inspectors have found in K, and what one
+    // thread finds out for all, by several divisions, as registers are short: where the group's
+    // first query head begins in some tensors, and the key head's index. The compiler loads
+    // neighbours together, so what changes stands apart.
     enum Address { ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
-    static constexpr int BYTES =
-        BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + WORDS * 4 + ADDRESSES * 8;
-    static_assert(WORDS % 2 == 0);
+    enum Word {
+        FOUND,
+        FIRST_ADDRESS = 4,
+        KEY_HEAD = FIRST_ADDRESS + 2 * ADDRESSES,
+        WORDS = KEY_HEAD + 2 + BATCH_AXES,
+    };
+    static_assert(INSPECTORS <= FIRST_ADDRESS);
+    static constexpr int BYTES = BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + WORDS * 4;
     static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
 
     // A tile of queries of a head of the group.
@@ -201,7 +202,7 @@ struct BackwardBlock {
         return load_shared<Element*>(address(tensor));
     }
     DEVICE uint32 address(Address tensor) const {
-        return word(WORDS) + tensor * 8;
+        return word(FIRST_ADDRESS + 2 * tensor);
     }
     // By one thread, before all others start.
     DEVICE void store_head() const {
@@ -297,7 +298,8 @@ struct BackwardBlock {
         });
     }
 
-    // One thread: what the next block on this multiprocessor begins with is brought to L2.
+    // One thread: what the block that probably comes next on this multiprocessor begins with is
+    // brought to L2.
     DEVICE void prefetch_next() const {
         const uint32 next = blockIdx.x + multiprocessors();
         if (next >= gridDim.x) return;

@@ -6,10 +6,10 @@
 //
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S = Q K^T; issue dP = dO V^T
-//                                                           |   wait S; P, to shared memory
+//                        with the first ones K and V        |   wait S; P, to shared memory
 //   warps   inspectors   K, once ======== inspected ======> |   wait dP; dS, to shared memory
 //   1 to 3  (BAND only)                                     |   meet the others: they are complete
-//                                                           |   issue dV^T += dO^T P
+//   warp 1  to L2 what the next block begins with           |   issue dV^T += dO^T P
 //                                                           |   issue dQ^T = K^T dS^T
 //                                                           |   wait dV, release dO
 //                                                           |   issue dK^T += Q^T dS
@@ -171,14 +171,11 @@ struct Consumer : BackwardConsumer<Config> {
         for (int r = 0; r < 2; ++r) {
             const int32 query = lane_query(step.tile) + 8 * r;
             const auto keys = score.keys(query);
-            const int32 first = keys.first - start;
             const int32 last = query < block.params.seqlen_q ? keys.last - start : -1;
+            const uint32 seen = column_bits(keys.first - start, last);
 #pragma unroll
             for (int j = 0; j < KEYS / 4; ++j) {
-                const int key = j / 2 * 8 + j % 2;  // constants, counted from the lane's first
-                if (key < first || key > last) {
-                    values[j / 2 * 4 + 2 * r + j % 2] = 0;
-                }
+                if (!(seen & 1u << j)) values[j / 2 * 4 + 2 * r + j % 2] = 0;
             }
         }
     }

@@ -181,12 +181,15 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) {
             const auto keys =
                 item.score.keys(first_row + row + Accumulator<float>::row(2 * r));
-            const int32 first = keys.first - origin, last = keys.last - origin;
 #pragma unroll
-            for (int i = 0; i < 4 * KEY_BLOCKS; ++i) {
-                const int col = i / 2 * 8 + i % 2;
-                float& x = s[0][i / 4].value[i / 2 % 2][2 * r + i % 2];
-                if (col < first || col > last) x = -infinity<float>();
+            for (int col = 0; col < Config::TILE_N; col += 128) {
+                const uint32 seen =
+                    column_bits(keys.first - origin - col, keys.last - origin - col);
+#pragma unroll
+                for (int i = col / 4; i < min(col + 128, Config::TILE_N) / 4; ++i) {
+                    float& x = s[0][i / 4].value[i / 2 % 2][2 * r + i % 2];
+                    if (!(seen & 1u << i % 32)) x = -infinity<float>();
+                }
             }
         }
     }

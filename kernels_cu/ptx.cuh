@@ -211,6 +211,13 @@ DEVICE uint32 warp_max(uint32 x) {
     return result;
 }
 
+// Shifted by `count` bits: 0 from 32 on.
+DEVICE uint32 shift_left(uint32 x, uint32 count) {
+    uint32 shifted;
+    asm("shl.b32 %0, %1, %2;" : "=r"(shifted) : "r"(x), "r"(count));
+    return shifted;
+}
+
 // ---------------------------------------------------------------------------------------------
 // Sums in global memory
 

@@ -28,6 +28,16 @@ struct TileRange {
     }
 };
 
+// Which of the columns 0, 1, 8, 9, 16, 17, ... 121, a lane's of 128 in a product's accumulators,
+// are first..last: a bit for each, from the lowest on. ptxas tests seven bits by one instruction;
+// to compare would take two for each column.
+DEVICE uint32 column_bits(int32 first, int32 last) {
+    const auto from = [](int32 column) {  // bits of this column and those behind it
+        return shift_left(~0u, max((column >> 3) * 2 + min(column & 7, 2), 0));
+    };
+    return from(first) & ~from(last + 1);
+}
+
 // The tiles of `tile` columns, of `columns` in all, that the rows first..last (inclusive) see.
 DEVICE TileRange visible_tiles(Band band, int32 first, int32 last, int32 tile, int32 columns) {
     const int32 any_first = max(first + band.low, 0);

@@ -67,6 +67,18 @@ def test_strided_views(host_engine: Engine, layout) -> None:
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("lead", [(), (1,)], ids=str)
+def test_keys_and_values_of_a_whole_batch(host_engine: Engine, lead: tuple[int, ...]) -> None:
+    """Kernels write gradients of every entry, in memory that is strided like the sums."""
+    case = make_case((3,), 2, 1, 20, 33, 16, 16, FLOAT32, seed=5, causal=True)
+    k, v = (x[:1].reshape(*lead, *x.shape[1:]) for x in (case.k, case.v))
+    repeated = {name: np.repeat(getattr(case, name)[:1], 3, axis=0) for name in ("k", "v")}
+    *expected, dk, dv = host_engine.run(replace(case, **repeated))
+    sums = (x.sum(axis=0).reshape(*lead, *x.shape[1:]) for x in (dk, dv))
+    for got, y in zip(host_engine.run(replace(case, k=k, v=v)), (*expected, *sums), strict=True):
+        np.testing.assert_allclose(got, y, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32, FLOAT64], ids=str)
 def test_nan_reaches_exactly_the_rows_that_see_it(host_engine: Engine, dtype: np.dtype) -> None:
     case = make_case((), 1, 1, 70, 70, 16, 16, dtype, seed=4, causal=True)

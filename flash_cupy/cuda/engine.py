@@ -108,14 +108,25 @@ class CudaEngine:
         tensors["dq"], tensors["dk"], tensors["dv"] = dq, dk, dv
         self._compute(problem, tensors, deterministic)
 
-    def _compute(self, problem: Problem, tensors: Tensors, deterministic: bool = False) -> None:
-        """Run a call's kernels: those of the call before it that looks alike, on its own arrays."""
+    def _compute(
+        self,
+        problem: Problem,
+        tensors: Tensors,
+        deterministic: bool = False,
+        stood_in: bool = False,
+    ) -> None:
+        """Run a call's kernels: those of the call before it that looks alike, on its own arrays.
+
+        ``stood_in``: the tensors are those that kernels get, see `stand_ins`. These may have the
+        strides of the ones they stand in for.
+        """
         machine = self.machine
         arrays = tensors.values()
         addresses = machine.addresses(arrays)
         key = (
             problem,
             deterministic,
+            stood_in,
             _forced_family.get(),
             machine.device(),
             *tensors,
@@ -126,7 +137,7 @@ class CudaEngine:
         if work is None:
             if len(self._works) >= MAX_WORKS:
                 self._works.clear()
-            work = stand_ins(problem, tensors)
+            work = {} if stood_in else stand_ins(problem, tensors)
             if not work:
                 call = Call(*pack_groups(problem, tensors), alignment(tensors, addresses))
                 work = make_work(call, deterministic, machine)
@@ -144,7 +155,7 @@ class CudaEngine:
         results = GRADIENTS if "dq" in given else ("o",)
         for name in others.keys() - results:
             others[name][...] = given[name]
-        self._compute(problem, given | others, deterministic)
+        self._compute(problem, given | others, deterministic, stood_in=True)
         for name in others.keys() & results:
             bring(problem, others[name], given[name])
 

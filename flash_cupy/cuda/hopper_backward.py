@@ -68,13 +68,13 @@ class HopperBackwardPlan(HopperPlan):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: k, v; stages of q, do, row terms; `passed_bytes`; barriers."""
+        """Dynamic shared memory: k, v; stages of q, do, row terms; `passed_bytes`; small things."""
         keys, queries = (
             self.tile_bytes(rows, self.head_dim) + self.tile_bytes(rows, self.head_dim_v)
             for rows in (self.tile_n, self.tile_m)
         )
         row_terms = 2 * self.tile_m * SUM_BYTES
-        words, addresses = (3 + 1 + BATCH_AXES) * 4, 3 * 8
+        words = 4 * (4 + 2 * 3 + 2 + BATCH_AXES)
         return (
             SWIZZLE_ALIGNMENT
             + keys
@@ -82,7 +82,6 @@ class HopperBackwardPlan(HopperPlan):
             + self.passed_bytes
             + self.barriers * BARRIER_BYTES
             + words
-            + addresses
         )
 
     @property

@@ -47,7 +47,7 @@ class Launch:
     maps: tuple[tuple[str, BoxMap], ...]
 
     @cached_property
-    def size(self) -> tuple[tuple[int], tuple[int], int]:
+    def geometry(self) -> tuple[tuple[int], tuple[int], int]:
         """Grid, block and bytes of dynamic shared memory, as a kernel is called with them."""
         return (self.blocks,), (self.plan.threads,), self.plan.shared_bytes
 
@@ -122,7 +122,10 @@ class Machine(Protocol):
         """Return a kernel, compiled for the current device."""
 
     def run(self, work: Work, arrays: Iterable[Array], addresses: list[int]) -> None:
-        """Run kernels on the arrays of a call, which begin at these addresses."""
+        """Run kernels on the arrays of a call, which begin at these addresses.
+
+        The addresses are all that a GPU needs; a simulated one copies the arrays.
+        """
 
 
 class Gpu:
@@ -163,7 +166,7 @@ class Gpu:
                 memory.memset_async(0, nbytes)
             addresses = [*addresses, memory.ptr]
         for launch, args in zip(work.launches, gpu_arguments(work, *addresses), strict=True):
-            grid, block, shared_bytes = launch.size
+            grid, block, shared_bytes = launch.geometry
             launch.kernel(grid, block, args, shared_mem=shared_bytes)
 
 

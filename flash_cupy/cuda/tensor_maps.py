@@ -34,7 +34,7 @@ class BoxMap(NamedTuple):
     counts all bytes of the box.
 
     This is all that a simulated device needs to make 128 bytes of its own for
-    `flash_cupy.cuda.launch.Machine.encode_map`.
+    `flash_cupy.cuda.launch.Launch.arguments`.
 
     Attributes
     ----------

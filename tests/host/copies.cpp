@@ -134,6 +134,17 @@ namespace host {
 
 void prefetch_map(const void* map) { tensor_map("prefetch_map", map); }
 
+void prefetch_box(const void* map, const int (&place)[RANK]) {
+    const TensorMap& tensor = tensor_map("prefetch_box", map);
+    for (int axis = 1; axis < RANK; ++axis) {
+        // A GPU would not mind, but it would be of no use.
+        if (place[axis] < 0 || int64_t{place[axis]} >= int64_t{tensor.extents[axis]}) {
+            fail("prefetch_box at %d of axis %d, which has %u", place[axis], axis,
+                 tensor.extents[axis]);
+        }
+    }
+}
+
 void load_box(unsigned shared, const void* map, const int (&place)[RANK], unsigned barrier) {
     const void* code = __builtin_return_address(0);
     const TensorMap& tensor = tensor_map("load_box", map);

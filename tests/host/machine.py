@@ -82,7 +82,7 @@ class HostMachine:
         tensors = [*arrays, *workspace]
         for launch in work.launches:
             images = [Image(self.host, x) for x in tensors]
-            grid, block, shared_bytes = launch.size
+            grid, block, shared_bytes = launch.geometry
             launch.kernel(
                 grid,
                 block,

@@ -257,6 +257,8 @@ DEVICE void mma_f64(double* d, const double* a, const double* b,
                           host::multiply<16, 1, double, double, host::f64_element>);
 }
 
+DEVICE uint32 shift_left(uint32 x, uint32 count) { return count < 32 ? x << count : 0; }
+
 // ---------------------------------------------------------------------------------------------
 // Sums in global memory
 

@@ -93,6 +93,7 @@ void named_barrier(const char* operation, int id, int threads, bool waits, Place
 
 constexpr int MAP_RANK = 5;
 void prefetch_map(const void* map);
+void prefetch_box(const void* map, const int (&place)[MAP_RANK]);
 void load_box(unsigned shared, const void* map, const int (&place)[MAP_RANK], unsigned barrier);
 void store_box(const void* map, const int (&place)[MAP_RANK], unsigned shared);
 void load_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier);

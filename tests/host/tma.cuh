@@ -15,7 +15,10 @@ DEVICE void prefetch_map(const TensorMap* map) { host::prefetch_map(map); }
 
 DEVICE uint32 multiprocessors() { return 2; }
 
-DEVICE void prefetch_box(const TensorMap* map, BoxPlace) { host::prefetch_map(map); }
+DEVICE void prefetch_box(const TensorMap* map, BoxPlace place) {
+    host::prefetch_box(map,
+                       {place.col, place.row, place.head, place.batch[1], place.batch[0]});
+}
 
 DEVICE void load_box(uint32 shared, const TensorMap* map, BoxPlace place, uint32 barrier) {
     host::load_box(shared, map,
