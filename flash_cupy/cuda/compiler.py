@@ -123,7 +123,7 @@ def targets_sm_90a() -> bool:
 def compile_cubin(kernel: str, plan: KernelPlan, arch: str) -> Cubin:
     """Compile a kernel for an architecture such as ``"sm_90a"``; this needs no GPU.
 
-    Remembered, as NVRTC 13 has no log for what it has compiled before.
+    Remembered here, but not in NVRTC's cache on disk, which has no log for what it finds there.
 
     Raises
     ------
@@ -133,7 +133,8 @@ def compile_cubin(kernel: str, plan: KernelPlan, arch: str) -> Cubin:
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(source(kernel), f"{kernel}.cu", [], [])
-    options = (f"-arch={arch}", "-ftz=true", "--ptxas-options=-v", *OPTIONS, *plan.options())
+    how = (f"-arch={arch}", "-ftz=true", "--ptxas-options=-v", "--no-cache")
+    options = (*how, *OPTIONS, *plan.options())
     try:
         nvrtc.compileProgram(program, options)
         code = nvrtc.getCUBIN(program) + b"\0"  # CuPy takes its last byte for the end of a string
