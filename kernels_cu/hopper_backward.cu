@@ -41,7 +41,7 @@
 // dO, the consumers take them out after S and dP, and set to NaN what sees them when the step is
 // done; where in K, they take them out in every step, and add NaN to dq_sum. Missing queries and
 // keys need no inspection: TMA fills up with zeros.
-#include "hopper_backward.cuh"
+#include "hopper_backward_consumer.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
 struct Config {

@@ -20,7 +20,7 @@
 // of their own: who writes those of step i has met the others in step i - 1, after they waited for
 // their products of step i - 2, which read the same stage. Where they have one, all meet once more
 // before they are stored.
-#include "hopper_backward.cuh"
+#include "hopper_backward_consumer.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
 struct Config {
