@@ -65,7 +65,8 @@ struct Config {
     static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
 
     static constexpr int THREADS = PLAN_WARPS * WARP;
-    static_assert(TILE_N == 64 * CONSUMERS && STAGES == 2, "what the pipeline is made for");
+    static_assert(TILE_N == 64 * CONSUMERS && TILE_M <= 128 && STAGES == 2,
+                  "what the pipeline and its masks are made for");
 };
 
 // A consumer warpgroup: 64 keys, from the first step to their dK and dV.
