@@ -17,6 +17,7 @@
 #include "types.cuh"
 #include "ptx.cuh"
 #include "params.cuh"
+#include "head_tiles.cuh"
 #include "tile.cuh"
 #include "mma.cuh"
 #include "product.cuh"
@@ -38,6 +39,7 @@ struct Config {
     static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that products are unrolled by
     static constexpr int STAGES = PLAN_STAGES;  // of Q and dO: 2 loads a step ahead
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
+    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;  // on a large card, or twice that
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr bool SUM_DQ = PLAN_SUM_DQ;  // else attention_backward_dq computes dQ
     static constexpr bool BAND = PLAN_BAND;
@@ -114,7 +116,7 @@ struct Backward {
 
     DEVICE explicit Backward(const AttentionParams& params)
         : params(params),
-          first_key(blockIdx.x % key_tiles() * Config::TILE_N),
+          first_key(head_tile().tile * Config::TILE_N),
           shared(shared_address(dynamic_shared_memory())),
           score(params, query_head(0)),
           dk{},
@@ -124,8 +126,9 @@ struct Backward {
     DEVICE uint32 key_tiles() const {
         return ceil_div(params.seqlen_k, Config::TILE_N);
     }
-    DEVICE uint32 head_index() const {  // of all batches' key heads
-        return recompute_from(blockIdx.x) / key_tiles();
+    DEVICE HeadTile head_tile() const {  // a key head and a tile of its keys
+        return head_tile_of<Config::BAND, Config::BLOCKS_AT_A_TIME>(recompute_from(blockIdx.x),
+                                                                    key_tiles());
     }
     DEVICE TileRange query_tiles() const {
         const int32 first = recompute_from(first_key);
@@ -180,11 +183,11 @@ struct Backward {
 
     // A query head of the group; the group's key head.
     DEVICE HeadIndex query_head(int32 head) const {
-        const uint32 first = head_index() * params.group;
+        const uint32 first = head_tile().head * params.group;
         return HeadIndex(params, first + head, params.heads);
     }
     DEVICE HeadIndex key_head() const {
-        return HeadIndex(params, head_index(), params.heads / params.group);
+        return HeadIndex(params, head_tile().head, params.heads / params.group);
     }
 
     DEVICE uint32 origin(Origin tensor) const {
@@ -455,7 +458,7 @@ struct Backward {
     // dk and dv, to global memory; by way of shared memory, so that whole rows are written.
     DEVICE void store() {
         __syncthreads();  // all warps have read k and v
-        const Real scale = Config::SOFTCAP ? 1 : static_cast<Real>(params.scale);
+        const Real scale = Config::SOFTCAP ? 1 : scalars<Real>(params).scale;
         const auto dk_tile = as_loaded<T>(k_tile());
         const auto dv_tile = as_loaded<T>(v_tile());
         store_accumulators(dk_tile, warp_key(), 16 * DIM_BLOCKS * warp_col(), dk, scale);
@@ -471,8 +474,7 @@ struct Backward {
     }
 };
 
-// One block for every tile of keys of every key head; the tiles of a head are neighbours, so that
-// its queries stay in L2, the keys that most rows of a causal mask see first.
+// One block for every tile of keys of every key head, those that most rows of a causal mask see first.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     attention_backward(const __grid_constant__ AttentionParams params) {
     Backward<Config> backward(params);

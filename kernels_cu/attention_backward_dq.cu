@@ -12,6 +12,7 @@
 #include "types.cuh"
 #include "ptx.cuh"
 #include "params.cuh"
+#include "head_tiles.cuh"
 #include "tile.cuh"
 #include "mma.cuh"
 #include "product.cuh"
@@ -31,6 +32,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;  // of K and V: 2 loads a step ahead
     static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that S and dP are unrolled by
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
+    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;  // on a large card, or twice that
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr bool BAND = PLAN_BAND;
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
@@ -261,7 +263,7 @@ struct BackwardDq {
     // dq, to global memory; by way of shared memory, so that whole rows are written.
     DEVICE void store() {
         __syncthreads();  // all warps have read q
-        const Real scale = Config::SOFTCAP ? 1 : static_cast<Real>(params.scale);
+        const Real scale = Config::SOFTCAP ? 1 : scalars<Real>(params).scale;
         const DqTile tile{q_tile().address};
         store_accumulators(tile, warp_row, 0, dq, scale);
         __syncthreads();
@@ -273,16 +275,16 @@ struct BackwardDq {
     }
 };
 
-// One block for every tile of rows, slice and head, in this order: the tiles of a head are
-// neighbours, so that its keys stay in L2, the longest rows of a causal mask first.
+// One block for every tile of rows of every slice and head, the longest rows of a causal mask first.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     attention_backward_dq(const __grid_constant__ AttentionParams params) {
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const uint32 slices = ceil_div(params.head_dim, Config::DQ_COLS);
-    const int32 row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
-    const int32 slice = blockIdx.x / row_tiles % slices;
+    const HeadTile place =
+        head_tile_of<Config::BAND, Config::BLOCKS_AT_A_TIME>(blockIdx.x, row_tiles);
 
-    BackwardDq<Config> backward(params, row_tile, slice, blockIdx.x / row_tiles / slices);
+    BackwardDq<Config> backward(params, row_tiles - 1 - place.tile, place.head % slices,
+                                place.head / slices);
     backward.walk_keys();
     backward.store();
 }

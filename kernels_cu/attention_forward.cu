@@ -13,6 +13,7 @@
 #include "types.cuh"
 #include "ptx.cuh"
 #include "params.cuh"
+#include "head_tiles.cuh"
 #include "tile.cuh"
 #include "mma.cuh"
 #include "product.cuh"
@@ -30,6 +31,7 @@ struct Config {
     static constexpr int WARPS = PLAN_WARPS;
     static constexpr int STAGES = PLAN_STAGES;  // 1: K and V take turns; 2: a step ahead
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
+    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;  // on a large card, or twice that
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr int DIM_UNROLL = PLAN_DIM_UNROLL;  // steps of 16 of HEAD_DIM in Q K^T
     static constexpr int DIM_V_GROUP = PLAN_DIM_V_GROUP;  // of HEAD_DIM_V in P V: a branch
@@ -315,17 +317,16 @@ struct Forward {
     }
 };
 
-// One block for every tile of rows, slice and head, in this order: the tiles of a head are
-// neighbours, so that its keys stay in L2, the longest rows of a causal mask first.
+// One block for every tile of rows of every slice and head, the longest rows of a causal mask first.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     attention_forward(const __grid_constant__ AttentionParams params) {
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const uint32 slices = ceil_div(params.head_dim_v, Config::HEAD_DIM_V);
-    const int32 row_tile = row_tiles - 1 - blockIdx.x % row_tiles;
-    const int32 slice = blockIdx.x / row_tiles % slices;
-    const uint32 head_index = blockIdx.x / row_tiles / slices;
+    const HeadTile place =
+        head_tile_of<Config::BAND, Config::BLOCKS_AT_A_TIME>(blockIdx.x, row_tiles);
+    const uint32 head_index = place.head / slices;
 
-    Forward<Config> forward(params, row_tile, slice, head_index,
+    Forward<Config> forward(params, row_tiles - 1 - place.tile, place.head % slices, head_index,
                             HeadIndex(params, head_index, params.heads));
     forward.walk_keys();
     forward.store();

@@ -378,7 +378,7 @@ struct Consumer : BackwardConsumer<Config> {
         store(dv, 1, block.v_tile(), block.maps.dv);
     }
     DEVICE void store_dk() const {
-        const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
+        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
         store(dk, scale, block.k_tile(), block.maps.dk);
     }
 

@@ -4,6 +4,7 @@
 #include "types.cuh"
 #include "ptx.cuh"
 #include "params.cuh"
+#include "head_tiles.cuh"
 #include "mbarrier.cuh"
 #include "tma.cuh"
 #include "warpgroup.cuh"
@@ -67,6 +68,7 @@ struct BackwardBlock {
         DQ_EMPTY = DQ_FULL + CONSUMERS,
         ONE_CONSUMER = DQ_EMPTY + CONSUMERS,
     };
+    static constexpr uint32 BLOCKS_AT_A_TIME = 128;
     static constexpr int DQ_THREADS = WARPGROUP + WARP;  // at DQ_FULL and DQ_EMPTY
 
     static constexpr int INSPECTORS = 3;  // warps
@@ -102,15 +104,10 @@ struct BackwardBlock {
         }
     };
 
-    // A key head, counted through all batch entries, and a tile of its keys.
-    struct Place {
-        uint32 head, tile;
-    };
-
     const AttentionParams& params;
     const BackwardMaps& maps;
     const uint32 shared;
-    const Place place;
+    const HeadTile place;  // a key head and a tile of its keys
     const int32 first_key;
 
     DEVICE BackwardBlock(const AttentionParams& params, const BackwardMaps& maps, uint32 shared,
@@ -121,20 +118,13 @@ struct BackwardBlock {
           place(place_of(block)),
           first_key(place.tile * Config::TILE_N) {}
 
-    // The place of a block of the grid. The tiles of a head are neighbours, so that its queries
-    // stay in L2, first that which most queries of a causal mask see, or, in turns, that which adds
-    // first to its first tile of queries. Where they differ in length, so many heads as run at a
-    // time are a section, which begins with the longest tiles of all of them: so the last blocks
-    // are short ones.
-    DEVICE Place place_of(uint32 block) const {
-        constexpr uint32 BLOCKS_AT_A_TIME = 128;
+    // The place of a block of the grid. Of a head's tiles the first is that which most queries of a
+    // causal mask see, or, in turns, that which adds first to its first tile of queries.
+    DEVICE HeadTile place_of(uint32 block) const {
         const uint32 tiles = ceil_div(params.seqlen_k, Config::TILE_N);
-        const uint32 section = Config::BAND ? ceil_div(BLOCKS_AT_A_TIME, tiles) : 1;
-        const uint32 first = block / (section * tiles) * section;
-        const uint32 rest = block - first * tiles;
-        const uint32 wide = Config::BAND ? min(section, gridDim.x / tiles - first) : 1;
-        const uint32 tile = rest / wide;
-        return {first + rest % wide, Config::DETERMINISTIC ? tiles - 1 - tile : tile};
+        HeadTile place = head_tile_of<Config::BAND, BLOCKS_AT_A_TIME>(block, tiles);
+        if constexpr (Config::DETERMINISTIC) place.tile = tiles - 1 - place.tile;
+        return place;
     }
     DEVICE HeadIndex find_key_head() const {
         return HeadIndex(params, place.head, params.heads / params.group);

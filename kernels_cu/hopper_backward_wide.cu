@@ -37,6 +37,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
     static constexpr int WEIGHT_STAGES = PLAN_WEIGHT_STAGES;   // of P and dS
     static constexpr int DQ_PARTS = HEAD_DIM / 64;
+    static constexpr int DV_PARTS = HEAD_DIM_V / 64;
     static constexpr bool WIDE = true;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
@@ -44,13 +45,14 @@ struct Config {
     static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
 
     static constexpr int THREADS = PLAN_WARPS * WARP;
-    static_assert(TILE_M == 64 && TILE_N % (16 * CONSUMERS) == 0 && HEAD_DIM == HEAD_DIM_V &&
-                      DQ_PARTS % CONSUMERS == 0 && STAGES == 2,
+    static_assert(TILE_M == 64 && TILE_N % (16 * CONSUMERS) == 0 && DQ_PARTS % CONSUMERS == 0 &&
+                      HEAD_DIM_V % 64 == 0 && STAGES == 2,
                   "what the pipeline is made for");
 };
 
-// A consumer warpgroup, from the first step to its columns of dK and dV.
-template <class Config>
+// A consumer warpgroup, from the first step to its columns of dK and dV, which are MY_DV_PARTS
+// blocks of 64.
+template <class Config, int MY_DV_PARTS>
 struct Consumer : BackwardConsumer<Config> {
     using Base = BackwardConsumer<Config>;
     using typename Base::Block;
@@ -64,10 +66,12 @@ struct Consumer : BackwardConsumer<Config> {
     static constexpr int PARTS = Config::DQ_PARTS / Config::CONSUMERS;  // blocks of 64 dims
 
     using Scores = float[KEYS / 2];           // accumulators, 64 queries x KEYS
-    using Sums = float[PARTS][TILE_N / 2];    // 64 dims x TILE_N keys each
+    template <int COUNT>
+    using Sums = float[COUNT][TILE_N / 2];    // 64 dims x TILE_N keys each
     using DqSums = float[PARTS][TILE_M / 2];  // 64 dims x TILE_M queries each
 
-    Sums dk, dv;
+    Sums<PARTS> dk;
+    Sums<MY_DV_PARTS == 0 ? 1 : MY_DV_PARTS> dv;
 
     DEVICE Consumer(const Block& block, int index) : Base(block, index), dk{}, dv{} {}
 
@@ -87,20 +91,20 @@ struct Consumer : BackwardConsumer<Config> {
     }
 
     // acc = a b^T: the rows of a tile multiplied with this consumer's of another.
-    template <class ATile, class BTile>
+    template <int COLS, class ATile, class BTile>
     DEVICE void multiply_rows(Scores& acc, ATile a, BTile b) const {
 #pragma unroll
-        for (int k = 0; k < Config::HEAD_DIM; k += 16) {
+        for (int k = 0; k < COLS; k += 16) {
             wgmma_ss<T, KEYS, false, false>(acc, a.k_major(0, k), b.k_major(first_row(), k), k > 0);
         }
         wgmma_commit();
     }
 
     // acc += rows^T weights: dims of the rows of a tile (queries), for every key.
-    template <class Tile>
-    DEVICE void add_weighted(Sums& acc, Tile rows, typename Block::DsTile weights) const {
+    template <int COUNT, class Acc, class Tile>
+    DEVICE void add_weighted(Acc& acc, Tile rows, typename Block::DsTile weights) const {
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
+        for (int part = 0; part < COUNT; ++part) {
 #pragma unroll
             for (int k = 0; k < TILE_M; k += 16) {
                 wgmma_ss<T, TILE_N, true, true>(acc[part], rows.mn_major(k, first_dim(part)),
@@ -218,9 +222,9 @@ struct Consumer : BackwardConsumer<Config> {
         Scores s, dp;
         wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
         wgmma_fence();
-        multiply_rows(s, block.q_tile(stage), block.k_tile());
+        multiply_rows<Config::HEAD_DIM>(s, block.q_tile(stage), block.k_tile());
         wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
-        multiply_rows(dp, block.do_tile(stage), block.v_tile());
+        multiply_rows<Config::HEAD_DIM_V>(dp, block.do_tile(stage), block.v_tile());
         const bool partial = block.is_partial(step.tile);
         wgmma_wait<Config::SOFTCAP ? 0 : 1>();
         exponentiate(s, dp, step);
@@ -249,11 +253,11 @@ struct Consumer : BackwardConsumer<Config> {
 
         DqSums dq;
         wgmma_fence();
-        add_weighted(dv, do_, block.p_tile(stage));
+        add_weighted<MY_DV_PARTS>(dv, do_, block.p_tile(stage));
         multiply_dq(dq, stage);
         wgmma_wait<1>();
         release(Block::DO_EMPTY + stage);
-        add_weighted(dk, q, block.ds_tile(stage));
+        add_weighted<PARTS>(dk, q, block.ds_tile(stage));
         wgmma_wait<1>();
         add_dq(dq, step);
         wgmma_wait<0>();
@@ -270,11 +274,13 @@ struct Consumer : BackwardConsumer<Config> {
             spread_nonfinite_row(dv, query, block.params.head_dim_v, do_);
         });
     }
-    DEVICE void spread_nonfinite_row(Sums& acc, int32 query, int32 cols, const uint16* row) const {
+    template <int COUNT>
+    DEVICE void spread_nonfinite_row(Sums<COUNT>& acc, int32 query, int32 cols,
+                                     const uint16* row) const {
         const auto seen = score.keys(query);
         const int32 key = block.first_key + 2 * (lane_index() % 4);
 #pragma unroll
-        for (int i = 0; i < PARTS * 2; ++i) {
+        for (int i = 0; i < COUNT * 2; ++i) {
             const int part = i / 2, r = i % 2;
             const int dim = first_dim(part) + warp_row() + lane_index() / 4 + 8 * r;
             if (dim >= cols || !is_nonfinite<T>(row[dim])) continue;
@@ -289,11 +295,11 @@ struct Consumer : BackwardConsumer<Config> {
     }
 
     // This consumer's columns of dk or dv to `tile`, which no one reads any more.
-    template <class Tile>
-    DEVICE void store(const Sums& acc, float scale, Tile tile) const {
+    template <int COUNT, class Acc, class Tile>
+    DEVICE void store(const Acc& acc, float scale, Tile tile) const {
         const int lane = lane_index();
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
+        for (int part = 0; part < COUNT; ++part) {
             const uint32 row = tile.at(lane / 16 * 8 + lane % 8,
                                        first_dim(part) + warp_row() + lane / 8 % 2 * 8);
 #pragma unroll
@@ -308,10 +314,10 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
     // And from there to the tensor.
-    template <class Tile>
+    template <int COUNT, class Tile>
     DEVICE void send(Tile tile, const HeadIndex& head, const TensorMap& map) const {
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
+        for (int part = 0; part < COUNT; ++part) {
             store_box(&map, box_place(head, head.head, block.first_key, first_dim(part)),
                       tile.at(0, first_dim(part)));
         }
@@ -324,17 +330,41 @@ struct Consumer : BackwardConsumer<Config> {
             compute(step);
         });
         this->meet_consumers();  // nobody reads K and V any more
-        const float scale = Config::SOFTCAP ? 1 : static_cast<float>(block.params.scale);
-        store(dv, 1, block.v_tile());
-        store(dk, scale, block.k_tile());
+        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
+        store<MY_DV_PARTS>(dv, 1, block.v_tile());
+        store<PARTS>(dk, scale, block.k_tile());
         fence_async_shared();
         sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
         if (!leads()) return;
         const HeadIndex head = block.key_head();
-        send(block.v_tile(), head, block.maps.dv);
-        send(block.k_tile(), head, block.maps.dk);
+        send<MY_DV_PARTS>(block.v_tile(), head, block.maps.dv);
+        send<PARTS>(block.k_tile(), head, block.maps.dk);
         commit_bulk();
         wait_bulk_read<0>();
+    }
+};
+
+// Where the blocks of dV are no multiple of the consumers, the last one has one less: code of its
+// own, as a product under an `if` would make the compiler wait for every one of them.
+template <class Config>
+struct AnyConsumer {
+    const BackwardBlock<Config>& block;
+    const int index;
+
+    DEVICE AnyConsumer(const BackwardBlock<Config>& block, int index)
+        : block(block), index(index) {}
+
+    DEVICE void run() const {
+        constexpr int FEW = Config::DV_PARTS / Config::CONSUMERS;
+        constexpr int LAST = Config::CONSUMERS - 1, MORE = Config::DV_PARTS % Config::CONSUMERS;
+        static_assert(MORE == 0 || MORE == LAST);
+        if constexpr (MORE == 0) {
+            Consumer<Config, FEW>(block, index).run();
+        } else if (index < LAST) {
+            Consumer<Config, FEW + 1>(block, index).run();
+        } else {
+            Consumer<Config, FEW>(block, LAST).run();  // a constant: so addresses are uniform
+        }
     }
 };
 
@@ -342,5 +372,5 @@ struct Consumer : BackwardConsumer<Config> {
 extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     hopper_backward_wide(const __grid_constant__ AttentionParams params,
                          const __grid_constant__ BackwardMaps maps) {
-    run_block<Config, Consumer<Config>>(params, maps);
+    run_block<Config, AnyConsumer<Config>>(params, maps);
 }

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
     const uint32 tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const HeadIndex index(params, blockIdx.x / tiles, params.heads);
     const int32 first_row = blockIdx.x % tiles * Config::TILE_M;
-    const float scale = Config::SOFTCAP ? 1 : static_cast<float>(params.scale);
+    const float scale = Config::SOFTCAP ? 1 : scalars<float>(params).scale;
 
     const SharedTile<T, Config::TILE_M, Dq::ROW> tile{shared_address(dynamic_shared_memory())};
     const int part = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;

@@ -17,6 +17,15 @@ struct Tensor {
     int64 row;
 };
 
+// What scores are multiplied by. In both precisions, so that kernels which compute in float leave
+// the double pipe alone: it sleeps, and its first result takes hundreds of cycles.
+template <class Real>
+struct Scalars {
+    Real scale;    // of q . k
+    Real to_log2;  // makes q . k a score in base 2, or, where there is a softcap, in units of that
+    Real softcap;  // in base 2
+};
+
 struct AttentionParams {
     Tensor q;             // (*batch, heads, seqlen_q, head_dim)
     Tensor k;             // (*batch, heads / group, seqlen_k, head_dim)
@@ -46,9 +55,20 @@ struct AttentionParams {
     // a side without a limit is +-2^30 (beyond every sequence), so that sums fit in an int32.
     int32 band_low;
     int32 band_high;
-    double scale;
-    double softcap;
+    Scalars<double> doubles;
+    Scalars<float> floats;
 };
+
+template <class Real>
+DEVICE const Scalars<Real>& scalars(const AttentionParams& params);
+template <>
+DEVICE const Scalars<float>& scalars(const AttentionParams& params) {
+    return params.floats;
+}
+template <>
+DEVICE const Scalars<double>& scalars(const AttentionParams& params) {
+    return params.doubles;
+}
 
 // The place of one (batch, head) in the grid's order, heads varying fastest.
 struct HeadIndex {

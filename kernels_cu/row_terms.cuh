@@ -32,6 +32,6 @@ DEVICE uint32 finite_bits(float dot) {
 template <class Config>
 DEVICE float largest_ds(const AttentionParams& params, float do_, float v, float dot) {
     const float largest = do_ * v * static_cast<float>(params.head_dim_v) + dot;
-    const float derivative = Config::SOFTCAP ? static_cast<float>(params.scale) : 1;
+    const float derivative = Config::SOFTCAP ? scalars<float>(params).scale : 1;
     return min(largest * derivative, LARGEST_FLOAT);
 }

@@ -128,12 +128,8 @@ struct Score {
         if constexpr (Config::BAND) band = {params.band_low, params.band_high};
         seqlen_k = params.seqlen_k;
         shift = params.seqlen_k - params.seqlen_q;
-        if constexpr (Config::SOFTCAP) {
-            scale = static_cast<Real>(params.scale / params.softcap);
-            softcap = static_cast<Real>(params.softcap * LOG2_E);
-        } else {
-            scale = static_cast<Real>(params.scale * LOG2_E);
-        }
+        scale = scalars<Real>(params).to_log2;
+        if constexpr (Config::SOFTCAP) softcap = scalars<Real>(params).softcap;
         if constexpr (Config::ALIBI) {
             slope = *head_data<const Real>(params.alibi_slopes, index, index.head) *
                     static_cast<Real>(LOG2_E);

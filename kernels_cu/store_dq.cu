@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const HeadIndex index(params, blockIdx.x / row_tiles, params.heads);
     const int32 first_row = blockIdx.x % row_tiles * Config::TILE_M;
-    const Real scale = Config::SOFTCAP ? 1 : static_cast<Real>(params.scale);
+    const Real scale = Config::SOFTCAP ? 1 : scalars<Real>(params).scale;
 
     const SharedTile<T, Config::TILE_M, Config::HEAD_DIM> tile{
         shared_address(dynamic_shared_memory())};

@@ -51,6 +51,11 @@ DEVICE uint32 recompute_from(uint32 x) {
     return x;
 }
 
+// The same number, which the compiler can neither compute nor read again: it keeps it in a register.
+DEVICE float in_register(float x) {
+    return bit_cast<float>(recompute_from(bit_cast<uint32>(x)));
+}
+
 // Infinity of the type that scores and sums are kept in (float, or double for float64).
 template <class Real>
 DEVICE Real infinity();

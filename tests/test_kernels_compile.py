@@ -222,6 +222,8 @@ def test_parameters_mirror_the_struct(tmp_path: Path) -> None:
 
     def compile_with(dtype: np.dtype) -> subprocess.CompletedProcess[str]:
         asserts = [*fields_of(params.TENSOR, "Tensor"), *fields_of(dtype, "AttentionParams")]
+        asserts += fields_of(dtype["floats"], "Scalars<float>")
+        asserts += fields_of(dtype["doubles"], "Scalars<double>")
         source.write_text("\n".join([*words, "#define __forceinline__ inline", header, *asserts]))
         command = ["g++", "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", str(source)]
         return subprocess.run(command, capture_output=True, text=True)
@@ -230,7 +232,7 @@ def test_parameters_mirror_the_struct(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     # The C++ struct has no field that the mirror lacks.
     body = re.search(r"struct AttentionParams \{(.*?)\n\};", header, re.S)[1]
-    names = re.findall(r"^ +\w+ (\w+)(?:\[\w+\])?;", body, re.M)
+    names = re.findall(r"^ +[\w<>]+ (\w+)(?:\[\w+\])?;", body, re.M)
     assert names == list(params.ATTENTION_PARAMS.names)
 
     swapped = [(name, params.ATTENTION_PARAMS.fields[name][0]) for name in names]

@@ -18,6 +18,9 @@ from .tensors import WIDEST_ACCESS, access_bytes
 #: Bytes of an element of L, D and of the sums.
 SUM_BYTES = 4
 
+#: The largest of the family.
+MAX_HEAD_DIM = 256
+
 #: Calls whose plans are remembered.
 MAX_PLANS = 4096
 
@@ -124,7 +127,7 @@ class HopperBackwardWidePlan(HopperBackwardPlan):
         HopperPlan.__post_init__(self)
         if self.warps % 4 or self.tile_n % (16 * self.consumers):
             raise ValueError(f"{self.warps} warps cannot share tile_n={self.tile_n} keys")
-        if self.dq_parts % self.consumers or self.head_dim_v != self.head_dim:
+        if self.dq_parts % self.consumers or self.head_dim_v % BOX_COLUMNS:
             raise ValueError(f"{self.consumers} consumers cannot share {self.head_dim} dims")
 
     @property
@@ -184,6 +187,14 @@ def dq_columns(head_dim: int) -> int:
     return ceil_div(head_dim, BOX_COLUMNS) * BOX_COLUMNS
 
 
+def shared_columns(head_dim_v: int, consumers: int) -> int:
+    """Return the columns of dv: blocks of 64, as many for each consumer or one less for the last."""
+    blocks = ceil_div(head_dim_v, BOX_COLUMNS)
+    while blocks % consumers not in (0, consumers - 1):
+        blocks += 1
+    return blocks * BOX_COLUMNS
+
+
 class BackwardTiles(NamedTuple):
     """The tuned part of a `HopperBackwardPlan`, and the calls that it is for."""
 
@@ -196,11 +207,15 @@ class BackwardTiles(NamedTuple):
     always_masked: bool = False  # compiled for masks, with or without: it takes fewer registers
     min_head_dim: int = 0  # of q and k
     min_seqlen: int = 0  # of keys
+    max_head_dim_v: int = MAX_HEAD_DIM
 
-    def suits(self, head_dim: int, seqlen_k: int, options: Mapping[str, bool]) -> bool:
+    def suits(
+        self, head_dim: int, head_dim_v: int, seqlen_k: int, options: Mapping[str, bool]
+    ) -> bool:
         """Whether a call is one of those."""
         return (
             head_dim >= self.min_head_dim
+            and head_dim_v <= self.max_head_dim_v
             and seqlen_k >= self.min_seqlen
             and (self.alibi or not options["alibi"])
             and (self.softcap or not options["softcap"])
@@ -217,7 +232,10 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
         ),
         BackwardTiles(64),
     ],
-    192: [BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1)],
+    192: [
+        BackwardTiles(64, tile_n=96, consumers=3, weight_stages=2, max_head_dim_v=128),
+        BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1),
+    ],
     256: [BackwardTiles(64, tile_n=64, consumers=2, weight_stages=2)],
 }
 
@@ -237,7 +255,9 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
     head_dim, head_dim_v = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
     widest = max(head_dim, head_dim_v)
     row = next(
-        row for row in BACKWARD_TILES[widest] if row.suits(head_dim, problem.seqlen_k, options)
+        row
+        for row in BACKWARD_TILES[widest]
+        if row.suits(head_dim, head_dim_v, problem.seqlen_k, options)
     )
     options["band"] |= row.always_masked
     weight_stages = row.weight_stages
@@ -247,7 +267,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
         access_bytes=WIDEST_ACCESS,
         warps=4 * (1 + row.consumers),
         head_dim=widest if wide else head_dim,
-        head_dim_v=widest if wide else head_dim_v,
+        head_dim_v=shared_columns(head_dim_v, row.consumers) if wide else head_dim_v,
         tile_m=row.tile_m,
         tile_n=row.tile_n,
         stages=STAGES,

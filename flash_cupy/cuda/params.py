@@ -5,6 +5,8 @@ A size-1 array of `ATTENTION_PARAMS` is what a kernel takes; CuPy passes it by v
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 BATCH_AXES = 4
@@ -21,6 +23,11 @@ TENSOR = np.dtype(
     ],
     align=True,
 )
+
+
+def _scalars(real: type[np.floating[Any]]) -> np.dtype[Any]:
+    return np.dtype([(name, real) for name in ("scale", "to_log2", "softcap")], align=True)
+
 
 ATTENTION_PARAMS = np.dtype(
     [
@@ -48,8 +55,8 @@ ATTENTION_PARAMS = np.dtype(
         ("head_dim_v", np.int32),
         ("band_low", np.int32),
         ("band_high", np.int32),
-        ("scale", np.float64),
-        ("softcap", np.float64),
+        ("doubles", _scalars(np.float64)),
+        ("floats", _scalars(np.float32)),
     ],
     align=True,
 )

@@ -125,13 +125,23 @@ def fill_params(problem: Problem, tensors: Mapping[str, Array]) -> NDArray[Any]:
         record[name]["batch"][first:] = s.batch
         record[name]["head"] = s.head
         record[name]["row"] = s.row
-    for name in ("heads", "group", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "scale"):
+    for name in ("heads", "group", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"):
         record[name] = getattr(problem, name)
-    record["softcap"] = problem.softcap or 0
+    record["doubles"] = scalars_of(problem)
+    with np.errstate(over="ignore"):  # of a float64 problem, which does not take these
+        record["floats"] = scalars_of(problem)
     band = problem.band
     record["band_low"] = -BAND_LIMIT if band.left is None else band.offset - band.left
     record["band_high"] = BAND_LIMIT if band.right is None else band.offset + band.right
     return params
+
+
+def scalars_of(problem: Problem) -> tuple[float, float, float]:
+    """Return the scalars of the score policy, `Scalars` in kernels_cu/params.cuh."""
+    log2_e = 1 / math.log(2)
+    if problem.softcap is None:
+        return problem.scale, problem.scale * log2_e, 0.0
+    return problem.scale, problem.scale / problem.softcap, problem.softcap * log2_e
 
 
 def alignment(names: Iterable[str], addresses: Iterable[int]) -> int:
