@@ -59,14 +59,18 @@ struct Config {
     static constexpr int WEIGHT_STAGES = STAGES;               // of dS
     static constexpr int DQ_PARTS = CONSUMERS;
     static constexpr bool WIDE = false;
+    static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
+    static constexpr bool WHOLE_HEAD = HEAD_ROWS > 0;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
-    static constexpr int PRODUCER_REGISTERS = 24;
-    static constexpr int CONSUMER_REGISTERS = 240;
+    static constexpr int PRODUCER_REGISTERS = WHOLE_HEAD ? 40 : 24;
+    static constexpr int CONSUMER_REGISTERS = WHOLE_HEAD ? 232 : 240;
     static constexpr int SHARED_BYTES = PLAN_SHARED_BYTES;
 
     static constexpr int THREADS = PLAN_WARPS * WARP;
     static_assert(TILE_N == 64 * CONSUMERS && TILE_M <= 128 && STAGES == 2,
                   "what the pipeline and its masks are made for");
+    static_assert(!WHOLE_HEAD || (HEAD_DIM == 64 && HEAD_DIM_V == 64 && HEAD_ROWS % TILE_M == 0),
+                  "dk and dv find room in dS, all of dq in Q, dO and dS");
 };
 
 // A consumer warpgroup: 64 keys, from the first step to their dK and dV.
@@ -75,9 +79,10 @@ struct Consumer : BackwardConsumer<Config> {
     using Base = BackwardConsumer<Config>;
     using typename Base::Block;
     using typename Base::Dq;
+    using typename Base::Progress;
     using typename Base::Step;
     using typename Base::T;
-    using Base::block, Base::index, Base::score, Base::TILE_M;
+    using Base::before, Base::block, Base::index, Base::score, Base::TILE_M;
     using Base::leads, Base::release, Base::thread, Base::warp_row;
     using Base::NOTHING;
 
@@ -87,7 +92,8 @@ struct Consumer : BackwardConsumer<Config> {
     float dk[Config::HEAD_DIM / 2];
     float dv[Config::HEAD_DIM_V / 2];
 
-    DEVICE Consumer(const Block& block, int index) : Base(block, index), dk{}, dv{} {}
+    DEVICE Consumer(const Block& block, int index, Progress before)
+        : Base(block, index, before), dk{}, dv{} {}
 
     DEVICE int first_row() const {  // of this consumer in the tiles of keys
         return 64 * index;
@@ -214,16 +220,32 @@ struct Consumer : BackwardConsumer<Config> {
         wgmma_commit();
     }
 
-    // Hands dQ to the writer.
+    struct alignas(16) Four {
+        float value[4];
+    };
+    static DEVICE int dq_offset(int i) {  // bytes
+        return Dq::at(Base::thread(), i) * static_cast<int>(sizeof(float));
+    }
+    // To the writer, or to what the block has of a whole head: these words no other thread touches.
+    DEVICE void add_dq(const DqSums& dq, int32 tile) const {
+        if constexpr (Config::WHOLE_HEAD) {
+            const uint32 sums = block.dq_part(index, tile);
+#pragma unroll
+            for (int i = 0; i < Dq::QUERIES / 8; ++i) {
+                Four sum = load_shared<Four>(sums + dq_offset(i));
+#pragma unroll
+                for (int x = 0; x < 4; ++x) sum.value[x] += dq[4 * i + x];
+                store_shared(sums + dq_offset(i), sum);
+            }
+        } else {
+            pass_dq(dq);
+        }
+    }
     DEVICE void pass_dq(const DqSums& dq) const {
-        struct alignas(16) Four {
-            float value[4];
-        };
         sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);
 #pragma unroll
         for (int i = 0; i < Dq::QUERIES / 8; ++i) {
-            store_shared(block.dq_part(index) +
-                             Dq::at(thread(), i) * static_cast<int>(sizeof(float)),
+            store_shared(block.dq_part(index) + dq_offset(i),
                          Four{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]});
         }
         fence_async_shared();
@@ -251,7 +273,7 @@ struct Consumer : BackwardConsumer<Config> {
         if (partial) mask(dp, step);  // P = 0 does not suffice where D is not finite
         round(ds, dp);
         uint32 found = NOTHING;
-        if (partial || step.is_first() || this->found_in_keys) {
+        if (partial || step.first || this->found_in_keys) {
             found = this->remove_nonfinite(step, partial);
         }
         return recompute_from(found);  // no second copy of all that follows
@@ -265,7 +287,7 @@ struct Consumer : BackwardConsumer<Config> {
 
     // Of the step before: nobody has to wait for the other's dS of the present one.
     DEVICE void multiply_late_dq(DqSums& dq, uint32 index) const {
-        const Step step = {0, 0, index};
+        const Step step = {0, 0, index, false};
         wait_for(block.barrier(Block::DS_FULL + step.stage()), step.parity());
         wgmma_fence();
         multiply_dq(dq, step.stage());
@@ -290,7 +312,7 @@ struct Consumer : BackwardConsumer<Config> {
         add_weighted_rows(dk, ds, block.q_tile(stage));
         wgmma_wait<1>();
         release(Block::DS_EMPTY + (stage ^ 1));
-        if (!step.is_first()) pass_dq(dq);
+        if (!step.first) add_dq(dq, step.tile - 1);
         wgmma_wait<0>();
         this->release_q(stage);
         if (Config::BAND && found) {
@@ -313,14 +335,28 @@ struct Consumer : BackwardConsumer<Config> {
     }
 
     // dQ of the last step, of which `index` is the number. Meanwhile dV goes out: nobody else reads
-    // these rows of V.
-    DEVICE void finish_dq(uint32 index) {
+    // these rows of V, or, for the next step, this part of dS.
+    DEVICE void finish_dq(uint32 index, int32 tile) {
         this->remove_nonfinite_keys();
         DqSums dq;
         multiply_late_dq(dq, index);
-        store_dv();
+        if constexpr (Config::WHOLE_HEAD) {
+            const Step next = {0, 0, index + 1, false};
+            wait_for(block.barrier(Block::DS_EMPTY + next.stage()), empty_parity(next));
+        }
+        store_dv(index + 1);
         wgmma_wait<0>();
-        pass_dq(dq);
+        add_dq(dq, tile);
+    }
+
+    // Of a whole head, to begin with.
+    DEVICE void clear_dq() const {
+        for (int tile = 0; tile < Block::DQ_TILES; ++tile) {
+#pragma unroll
+            for (int i = 0; i < Dq::QUERIES / 8; ++i) {
+                store_shared(block.dq_part(index, tile) + dq_offset(i), Four{});
+            }
+        }
     }
 
     // ---- non-finite values ----------------------------------------------------------------------
@@ -347,12 +383,12 @@ struct Consumer : BackwardConsumer<Config> {
 
     // ---- the end --------------------------------------------------------------------------------
 
-    // This consumer's rows of dk or dv, by way of the same rows of `tile`, which no one reads any
-    // more.
+    // This consumer's rows of dk or dv, by way of the rows of a tile from `first` on, which no one
+    // reads any more.
     template <class Tile, int COUNT>
-    DEVICE void store(const float (&acc)[COUNT], float scale, Tile tile,
+    DEVICE void store(const float (&acc)[COUNT], float scale, Tile tile, int first,
                       const TensorMap& map) const {
-        const int lane = lane_index(), row = first_row() + warp_row() + lane % 16;
+        const int lane = lane_index(), row = first + warp_row() + lane % 16;
 #pragma unroll
         for (int i = 0; i < COUNT; i += 8) {
             store_matrix_x4(tile.at(row, 2 * i + lane / 16 * 8),
@@ -368,36 +404,100 @@ struct Consumer : BackwardConsumer<Config> {
 #pragma unroll
             for (int col = 0; col < 2 * COUNT; col += Tile::BOX_COLS) {
                 store_box(&map, box_place(head, head.head, block.first_key + first_row(), col),
-                          tile.at(first_row(), col));
+                          tile.at(first, col));
             }
             commit_bulk();
         }
     }
 
-    DEVICE void store_dv() const {
-        store(dv, 1, block.v_tile(), block.maps.dv);
+    // Of a whole head dk and dv leave by way of this consumer's columns of dS, so that the next K
+    // and V can come meanwhile; `index` is that of the step whose dS has its place there.
+    using Columns = SwizzledTile<T, TILE_M, 64>;
+    DEVICE Columns ds_columns(uint32 index) const {
+        return {block.ds_tile(index % Block::STAGES).box(this->index)};
     }
-    DEVICE void store_dk() const {
+    DEVICE void store_dv(uint32 index) const {
+        if constexpr (Config::WHOLE_HEAD) {
+            store(dv, 1, ds_columns(index), 0, block.maps.dv);
+        } else {
+            store(dv, 1, block.v_tile(), first_row(), block.maps.dv);
+        }
+    }
+    DEVICE void store_dk(uint32 index) const {
         const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
-        store(dk, scale, block.k_tile(), block.maps.dk);
+        if constexpr (Config::WHOLE_HEAD) {
+            store(dk, scale, ds_columns(index), 0, block.maps.dk);
+        } else {
+            store(dk, scale, block.k_tile(), first_row(), block.maps.dk);
+        }
     }
 
-    DEVICE void run() {
+    // All of the block's dq for one consumer, by way of what it has of Q, dO and dS: all steps are
+    // over.
+    static DEVICE void store_dq(const Block& block, int index) {
+        using Tile = SwizzledTile<T, Dq::QUERIES, 64>;
+        constexpr int STAGED = Block::P_OFFSET - Block::Q_OFFSET;
+        static_assert(Block::DQ_TILES * Config::CONSUMERS * Tile::BYTES <= STAGED);
+        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
+        const uint32 staged = block.q_tile(0).address + index * (Block::DQ_TILES * Tile::BYTES);
+        const int32 tiles = ceil_div(block.params.seqlen_q, TILE_M);
+        const int lane = lane_index(), warp_dim = Base::thread() / WARP * 16;
+#pragma unroll 1
+        for (int32 tile = 0; tile < tiles; ++tile) {
+            const Tile queries{staged + tile * Tile::BYTES};
+            const uint32 sums = block.dq_part(index, tile);
+            const uint32 row = queries.at(lane / 16 * 8 + lane % 8, warp_dim + lane / 8 % 2 * 8);
+#pragma unroll
+            for (int i = 0; i < Dq::QUERIES / 8; i += 2) {
+                uint32 dq[2][2];  // of 8 queries each, dims g and g + 8 of the warp
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const Four four = load_shared<Four>(sums + dq_offset(i + j));
+                    dq[j][0] = pack<T>(four.value[0] * scale, four.value[1] * scale);
+                    dq[j][1] = pack<T>(four.value[2] * scale, four.value[3] * scale);
+                }
+                store_matrix_transposed_x4(row + i * 8 * Tile::ROW_BYTES, dq[0][0], dq[0][1],
+                                           dq[1][0], dq[1][1]);
+            }
+        }
+        fence_async_shared();
+        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
+        if (Base::thread() != 0) return;
+        const HeadIndex head = block.key_head();
+#pragma unroll 1
+        for (int32 tile = 0; tile < tiles; ++tile) {
+            store_box(&block.maps.dq,
+                      box_place(head, head.head, tile * TILE_M + Dq::first_query(index), 0),
+                      staged + tile * Tile::BYTES);
+        }
+        commit_bulk();
+        wait_bulk_read<0>();
+    }
+
+    // Returns what is done then.
+    DEVICE Progress run() {
         const TileRange tiles = block.query_tiles();
-        clear_ds();
-        const uint32 steps = block.for_each_step([&](const Step& step) {
+        if (before.steps == 0) clear_ds();
+        if (Config::WHOLE_HEAD && block.place.tile == 0) clear_dq();
+        const Progress done = block.for_each_step(before, [&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
-        if (steps > 0) {
-            finish_dq(steps - 1);
+        if (done.tiles > before.tiles) {
+            finish_dq(done.steps - 1, tiles.end - 1);
         } else {
-            store_dv();
+            store_dv(done.steps);
         }
         this->meet_consumers();  // nobody reads K any more
-        store_dk();
+        if (Config::WHOLE_HEAD && done.tiles > before.tiles) release(Block::KEYS_EMPTY);
+        store_dk(done.steps - 1);
         if (leads()) wait_bulk_read<0>();
-        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);  // the writer's last arrival
+        if constexpr (Config::WHOLE_HEAD) {
+            this->meet_consumers();  // the next steps may write dS
+        } else {
+            sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);  // the writer's last arrival
+        }
+        return done;
     }
 };
 

@@ -16,8 +16,10 @@
 #include "row_terms.cuh"
 #include "turns.cuh"
 
-// Config: the plan; WEIGHT_STAGES (of dS and P), DQ_PARTS; and WIDE: whether P, too, goes through
-// shared memory and the consumers add dQ themselves, in the same step, or writers do, a step late.
+// Config: the plan; WEIGHT_STAGES (of dS and P), DQ_PARTS; WIDE: whether P, too, goes through
+// shared memory and the consumers add dQ themselves, in the same step, or writers do, a step late;
+// and WHOLE_HEAD: whether a block computes all keys of a head, one tile after another, so that dQ,
+// of up to HEAD_ROWS queries, adds up in its shared memory, or one tile.
 template <class Config>
 struct BackwardBlock {
     using T = typename Config::Element;
@@ -41,10 +43,10 @@ struct BackwardBlock {
     static constexpr int P_OFFSET = DS_OFFSET + Config::WEIGHT_STAGES * DsTile::BYTES;
     static constexpr int DQ_OFFSET =
         P_OFFSET + (Config::WIDE ? Config::WEIGHT_STAGES * DsTile::BYTES : 0);
-    // Of a consumer, if writers take it from there.
-    static constexpr int DQ_BYTES =
-        Config::WIDE ? 0 : Dq::PART * static_cast<int>(sizeof(float));
-    static constexpr int TERMS_OFFSET = DQ_OFFSET + CONSUMERS * DQ_BYTES;
+    // Of a consumer: what writers take from there, or all of a head's.
+    static constexpr int DQ_BYTES = Config::WIDE ? 0 : Dq::PART * static_cast<int>(sizeof(float));
+    static constexpr int DQ_TILES = Config::WHOLE_HEAD ? Config::HEAD_ROWS / Config::TILE_M : 1;
+    static constexpr int TERMS_OFFSET = DQ_OFFSET + DQ_TILES * CONSUMERS * DQ_BYTES;
     static constexpr int TERMS_BYTES = Config::TILE_M / 2 * static_cast<int>(sizeof(Terms));
     static constexpr int BARRIERS_OFFSET = TERMS_OFFSET + STAGES * TERMS_BYTES;
     // Of dS, with barriers of their own: where dQ is computed a step late.
@@ -59,6 +61,7 @@ struct BackwardBlock {
         DS_FULL = DO_EMPTY + STAGES,
         DS_EMPTY = DS_FULL + DS_STAGES,
         INSPECTED = DS_EMPTY + DS_STAGES,
+        KEYS_EMPTY,  // of a head's tiles of K and V one after another
         BARRIERS,
     };
     // Named barriers; from the second on one for each consumer.
@@ -92,6 +95,7 @@ struct BackwardBlock {
     struct Step {
         int32 head, tile;
         uint32 index;  // counts the steps of the block
+        bool first;    // of the tile of keys
 
         DEVICE int stage() const {
             return index % STAGES;
@@ -99,9 +103,11 @@ struct BackwardBlock {
         DEVICE uint32 parity() const {  // of the phase of the stage's barriers
             return index / STAGES % 2;
         }
-        DEVICE bool is_first() const {
-            return index == 0;
-        }
+    };
+
+    // What a role has done before a tile of keys: steps, and tiles that had any.
+    struct Progress {
+        uint32 steps, tiles;
     };
 
     const AttentionParams& params;
@@ -117,11 +123,21 @@ struct BackwardBlock {
           shared(shared),
           place(place_of(block)),
           first_key(place.tile * Config::TILE_N) {}
+    DEVICE BackwardBlock(const BackwardBlock& block, uint32 tile)
+        : params(block.params),
+          maps(block.maps),
+          shared(block.shared),
+          place{block.place.head, tile},
+          first_key(tile * Config::TILE_N) {}
 
+    DEVICE uint32 key_tiles() const {
+        return ceil_div(params.seqlen_k, Config::TILE_N);
+    }
     // The place of a block of the grid. Of a head's tiles the first is that which most queries of a
     // causal mask see, or, in turns, that which adds first to its first tile of queries.
     DEVICE HeadTile place_of(uint32 block) const {
-        const uint32 tiles = ceil_div(params.seqlen_k, Config::TILE_N);
+        if constexpr (Config::WHOLE_HEAD) return {block, 0};
+        const uint32 tiles = key_tiles();
         HeadTile place = head_tile_of<Config::BAND, BLOCKS_AT_A_TIME>(block, tiles);
         if constexpr (Config::DETERMINISTIC) place.tile = tiles - 1 - place.tile;
         return place;
@@ -170,8 +186,8 @@ struct BackwardBlock {
     DEVICE DsTile p_tile(int stage) const {
         return {shared + P_OFFSET + stage % Config::WEIGHT_STAGES * DsTile::BYTES};
     }
-    DEVICE uint32 dq_part(int consumer) const {
-        return shared + DQ_OFFSET + consumer * DQ_BYTES;
+    DEVICE uint32 dq_part(int consumer, int32 tile = 0) const {  // of a whole head's queries
+        return shared + DQ_OFFSET + (tile * CONSUMERS + consumer) * DQ_BYTES;
     }
     DEVICE uint32 terms(int stage) const {
         return shared + TERMS_OFFSET + stage * TERMS_BYTES;
@@ -219,17 +235,19 @@ struct BackwardBlock {
             init_barrier(barrier(DS_EMPTY + stage), CONSUMERS);
         }
         init_barrier(barrier(INSPECTED), INSPECTORS);
+        init_barrier(barrier(KEYS_EMPTY), CONSUMERS);
         fence_barrier_init();
     }
 
-    // Calls visit(step) for all steps of the block, in order; returns their number.
+    // Calls visit(step) for all steps of the tile of keys, in order; `done` before and after them.
     template <class Visit>
-    DEVICE uint32 for_each_step(Visit visit) const {
+    DEVICE Progress for_each_step(Progress done, Visit visit) const {
         const TileRange tiles = query_tiles();
-        Step step = {0, tiles.begin, 0};
-        if (tiles.begin == tiles.end) return 0;
+        if (tiles.begin == tiles.end) return done;
+        Step step = {0, tiles.begin, done.steps, true};
 #pragma unroll 1
         while (step.head < params.group) {
+            step.first = step.index == done.steps;
             visit(step);
             if (++step.tile == tiles.end) {
                 step.tile = tiles.begin;
@@ -237,7 +255,22 @@ struct BackwardBlock {
             }
             step.index += 1;
         }
-        return step.index;
+        return {step.index, done.tiles + 1};
+    }
+
+    // Calls visit(block, done) for the block's tile of keys, or for each tile of a whole head: it
+    // returns what is done then.
+    template <class Visit>
+    DEVICE void for_each_key_tile(Visit visit) const {
+        if constexpr (!Config::WHOLE_HEAD) {
+            visit(*this, Progress{0, 0});
+        } else {
+            Progress done = {0, 0};
+#pragma unroll 1
+            for (uint32 tile = 0; tile < key_tiles(); ++tile) {
+                done = visit(BackwardBlock(*this, tile), done);
+            }
+        }
     }
 
     // Whether some query of a tile does not see some key of the block, or one does not exist.
@@ -265,25 +298,32 @@ struct BackwardBlock {
     // One thread: all loads. K comes with the first Q, V with the first dO.
     DEVICE void produce() const {
         const HeadIndex keys = key_head();
-        for_each_step([&](const Step& step) {
-            const HeadIndex index = query_head(keys, step.head);
-            const int32 row = step.tile * Config::TILE_M;
-            const int q_full = Q_FULL + step.stage(), do_full = DO_FULL + step.stage();
-            const bool first = step.is_first();
-            wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
-            arrive_expecting(barrier(q_full),
-                             QTile::BYTES + TERMS_BYTES + (first ? KTile::BYTES : 0));
-            if (first) load(k_tile(), maps.k, keys, first_key, q_full);
-            load(q_tile(step.stage()), maps.q, index, row, q_full);
-            load_bulk(terms(step.stage()),
-                      load_address<const float>(ROW_DOTS) + step.head * params.row_dots.head +
-                          2 * row,
-                      TERMS_BYTES, barrier(q_full));
-            wait_for(barrier(DO_EMPTY + step.stage()), step.parity() ^ 1);
-            arrive_expecting(barrier(do_full), DoTile::BYTES + (first ? VTile::BYTES : 0));
-            if (first) load(v_tile(), maps.v, keys, first_key, do_full);
-            load(do_tile(step.stage()), maps.do_, index, row, do_full);
+        for_each_key_tile([&](const BackwardBlock& block, Progress done) {
+            return block.for_each_step(done, [&](const Step& step) {
+                block.load_step(keys, step, done.tiles % 2 ^ 1);
+            });
         });
+    }
+    DEVICE void load_step(const HeadIndex& keys, const Step& step, uint32 keys_parity) const {
+        const HeadIndex index = query_head(keys, step.head);
+        const int32 row = step.tile * Config::TILE_M;
+        const int q_full = Q_FULL + step.stage(), do_full = DO_FULL + step.stage();
+        wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
+        arrive_expecting(barrier(q_full),
+                         QTile::BYTES + TERMS_BYTES + (step.first ? KTile::BYTES : 0));
+        if (!Config::WHOLE_HEAD && step.first) load(k_tile(), maps.k, keys, first_key, q_full);
+        load(q_tile(step.stage()), maps.q, index, row, q_full);
+        load_bulk(terms(step.stage()),
+                  load_address<const float>(ROW_DOTS) + step.head * params.row_dots.head + 2 * row,
+                  TERMS_BYTES, barrier(q_full));
+        if (Config::WHOLE_HEAD && step.first) {
+            wait_for(barrier(KEYS_EMPTY), keys_parity);
+            load(k_tile(), maps.k, keys, first_key, q_full);
+        }
+        wait_for(barrier(DO_EMPTY + step.stage()), step.parity() ^ 1);
+        arrive_expecting(barrier(do_full), DoTile::BYTES + (step.first ? VTile::BYTES : 0));
+        if (step.first) load(v_tile(), maps.v, keys, first_key, do_full);
+        load(do_tile(step.stage()), maps.do_, index, row, do_full);
     }
 
     // One thread: what the block that probably comes next on this multiprocessor begins with is
@@ -308,11 +348,14 @@ struct BackwardBlock {
         }
     }
 
-    // Three warps, once: look through K while the consumers compute their first S and dP.
-    DEVICE void inspect_keys(int inspector) const {
+    // Three warps, once a tile: look through K while the consumers compute their first S and dP.
+    DEVICE Progress inspect_keys(int inspector, Progress done) const {
         const TileRange tiles = query_tiles();
-        if (tiles.begin == tiles.end) return;
-        wait_for(barrier(Q_FULL), 0);  // the first one
+        if (tiles.begin == tiles.end) return done;
+        // Not before the consumers are done with the tile before: parities tell no more apart.
+        if constexpr (Config::WHOLE_HEAD) wait_for(barrier(KEYS_EMPTY), done.tiles % 2 ^ 1);
+        const Step first_step = {0, tiles.begin, done.steps, true};
+        wait_for(barrier(Q_FULL + first_step.stage()), first_step.parity());
         bool found = false;
         const int first = inspector * WARP + lane_index();
 #pragma unroll 2
@@ -325,6 +368,7 @@ struct BackwardBlock {
             store_shared<uint32>(word(FOUND + inspector), found);
             arrive_at(barrier(INSPECTED));
         }
+        return {done.steps + params.group * (tiles.end - tiles.begin), done.tiles + 1};
     }
 
     // The tile of dq_sum that a step adds to.
@@ -341,7 +385,7 @@ struct BackwardBlock {
     // One warp for each consumer: adds its dQ to dq_sum.
     DEVICE void write_dq(int consumer) const {
         arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
-        for_each_step([&](const Step& step) {
+        for_each_step({0, 0}, [&](const Step& step) {
             int32* const counter = dq_turns(step) + consumer;
             sync_named(DQ_FULL + consumer, DQ_THREADS);
             if (lane_index() == 0) {
@@ -377,9 +421,13 @@ struct BackwardBlock {
             if (threadIdx.x == 0) produce();
             return;
         }
-        if constexpr (Config::BAND) inspect_keys(warp - 1);
+        if constexpr (Config::BAND) {
+            for_each_key_tile([&](const BackwardBlock& block, Progress done) {
+                return block.inspect_keys(warp - 1, done);
+            });
+        }
         if (threadIdx.x == WARP) prefetch_next();
-        if constexpr (!Config::WIDE) {
+        if constexpr (!Config::WIDE && !Config::WHOLE_HEAD) {
             if (warp >= 2) write_dq(warp - 2);
         }
     }

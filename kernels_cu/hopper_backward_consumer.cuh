@@ -10,6 +10,7 @@ struct BackwardConsumer {
     using Block = BackwardBlock<Config>;
     using T = typename Block::T;
     using Step = typename Block::Step;
+    using Progress = typename Block::Progress;
     using Dq = typename Block::Dq;
     static constexpr int TILE_M = Config::TILE_M;
     static constexpr int TILE_N = Config::TILE_N;
@@ -17,16 +18,18 @@ struct BackwardConsumer {
 
     const Block& block;
     const int index;  // of the consumers
+    const Progress before;  // what was done before this tile of keys
     Score<Config, float> score;
     uint32 found_in_keys;  // IN_KEYS or NOTHING, known from the first step on
 
-    DEVICE BackwardConsumer(const Block& block, int index)
+    DEVICE BackwardConsumer(const Block& block, int index, Progress before)
         : block(block),
           index(index),
+          before(before),
           score(block.params, block.query_head(block.key_head(), 0)),
           found_in_keys(NOTHING) {}
 
-    DEVICE int thread() const {
+    static DEVICE int thread() {
         return threadIdx.x % WARPGROUP;
     }
     DEVICE bool leads() const {
@@ -63,7 +66,7 @@ struct BackwardConsumer {
     // After S and dP.
     DEVICE uint32 remove_nonfinite(const Step& step, bool partial) {
         if (!Config::BAND) return NOTHING;
-        if (step.is_first()) found_in_keys = keys_nonfinite() ? IN_KEYS : NOTHING;
+        if (step.first) found_in_keys = keys_nonfinite() ? IN_KEYS : NOTHING;
         uint32 found = found_in_keys;
         if (partial && queries_nonfinite(step)) found |= IN_QUERIES;
         if (found == NOTHING) return found;
@@ -87,7 +90,7 @@ struct BackwardConsumer {
     }
 
     DEVICE uint32 keys_nonfinite() const {
-        wait_for(block.barrier(Block::INSPECTED), 0);
+        wait_for(block.barrier(Block::INSPECTED), before.tiles % 2);
         uint32 found = 0;
 #pragma unroll
         for (int i = 0; i < Block::INSPECTORS; ++i) {
@@ -163,18 +166,17 @@ struct BackwardConsumer {
         const uint16* row = head_data<const uint16>(params.k, keys, keys.head) +
                             block.first_key * params.k.row;
         const int32 query = step.tile * TILE_M;
-        float* const sums = block.dq_sums(step);
 #pragma unroll 1
         for (int32 key = block.first_key; key < last_key(); ++key, row += params.k.row) {
 #pragma unroll 1
             for (int part = index; part < Config::DQ_PARTS; part += Config::CONSUMERS) {
-                add_nonfinite(sums + part * Dq::PART, row, key, Dq::first_dim(part),
+                add_nonfinite(step, part, row, key, Dq::first_dim(part),
                               query + Dq::first_query(part));
             }
         }
     }
-    DEVICE void add_nonfinite(float* part, const uint16* row, int32 key, int first_dim,
-                              int32 first_query) const {
+    DEVICE void add_nonfinite(const Step& step, int part, const uint16* row, int32 key,
+                              int first_dim, int32 first_query) const {
         const float nan = infinity<float>() * 0;
 #pragma unroll 1
         for (int i = 0; i < Dq::QUERIES / 2; ++i) {
@@ -182,7 +184,12 @@ struct BackwardConsumer {
             const int32 query = first_query + i / 4 * 8 + 2 * (lane_index() % 4) + i % 2;
             if (dim < block.params.head_dim && is_nonfinite<T>(row[dim]) &&
                 score.sees(query, key)) {
-                add_global<1>(part + Dq::at(thread(), i / 4) + i % 4, &nan);
+                const int at = Dq::at(thread(), i / 4) + i % 4;
+                if constexpr (Config::WHOLE_HEAD) {
+                    store_shared(block.dq_part(part, step.tile) + 4 * at, nan);
+                } else {
+                    add_global<1>(block.dq_sums(step) + part * Dq::PART + at, &nan);
+                }
             }
         }
     }
@@ -224,6 +231,10 @@ DEVICE void run_block(const AttentionParams& params, const BackwardMaps& maps) {
         block.serve();
     } else {
         grow_registers<Config::CONSUMER_REGISTERS>();
-        Consumer(block, warpgroup - 1).run();
+        using Progress = typename BackwardBlock<Config>::Progress;
+        block.for_each_key_tile([&](const BackwardBlock<Config>& block, Progress before) {
+            return Consumer(block, warpgroup - 1, before).run();
+        });
+        if constexpr (Config::WHOLE_HEAD) Consumer::store_dq(block, warpgroup - 1);
     }
 }

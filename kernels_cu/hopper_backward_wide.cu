@@ -39,6 +39,8 @@ struct Config {
     static constexpr int DQ_PARTS = HEAD_DIM / 64;
     static constexpr int DV_PARTS = HEAD_DIM_V / 64;
     static constexpr bool WIDE = true;
+    static constexpr int HEAD_ROWS = 0;  // a block computes one tile of keys
+    static constexpr bool WHOLE_HEAD = false;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
     static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
@@ -57,9 +59,10 @@ struct Consumer : BackwardConsumer<Config> {
     using Base = BackwardConsumer<Config>;
     using typename Base::Block;
     using typename Base::Dq;
+    using typename Base::Progress;
     using typename Base::Step;
     using typename Base::T;
-    using Base::block, Base::index, Base::score, Base::TILE_M, Base::TILE_N;
+    using Base::before, Base::block, Base::index, Base::score, Base::TILE_M, Base::TILE_N;
     using Base::leads, Base::release, Base::thread, Base::warp_row;
     using Base::NOTHING;
     static constexpr int KEYS = TILE_N / Config::CONSUMERS;             // of S and dP
@@ -73,7 +76,8 @@ struct Consumer : BackwardConsumer<Config> {
     Sums<PARTS> dk;
     Sums<MY_DV_PARTS == 0 ? 1 : MY_DV_PARTS> dv;
 
-    DEVICE Consumer(const Block& block, int index) : Base(block, index), dk{}, dv{} {}
+    DEVICE Consumer(const Block& block, int index, Progress before)
+        : Base(block, index, before), dk{}, dv{} {}
 
     DEVICE int first_row() const {  // of this consumer in the tiles of keys
         return KEYS * index;
@@ -237,7 +241,7 @@ struct Consumer : BackwardConsumer<Config> {
         if (partial) mask(dp, step);  // P = 0 does not suffice where D is not finite
         store_scores(dp, block.ds_tile(stage));
         uint32 found = NOTHING;
-        if (partial || step.is_first() || this->found_in_keys) {
+        if (partial || step.first || this->found_in_keys) {
             found = this->remove_nonfinite(step, partial);
         }
         return recompute_from(found);  // no second copy of all that follows
@@ -323,9 +327,9 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    DEVICE void run() {
+    DEVICE Progress run() {
         const TileRange tiles = block.query_tiles();
-        block.for_each_step([&](const Step& step) {
+        const Progress done = block.for_each_step(before, [&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
@@ -335,12 +339,13 @@ struct Consumer : BackwardConsumer<Config> {
         store<PARTS>(dk, scale, block.k_tile());
         fence_async_shared();
         sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-        if (!leads()) return;
+        if (!leads()) return done;
         const HeadIndex head = block.key_head();
         send<MY_DV_PARTS>(block.v_tile(), head, block.maps.dv);
         send<PARTS>(block.k_tile(), head, block.maps.dk);
         commit_bulk();
         wait_bulk_read<0>();
+        return done;
     }
 };
 
@@ -348,22 +353,26 @@ struct Consumer : BackwardConsumer<Config> {
 // own, as a product under an `if` would make the compiler wait for every one of them.
 template <class Config>
 struct AnyConsumer {
-    const BackwardBlock<Config>& block;
+    using Block = BackwardBlock<Config>;
+    using Progress = typename Block::Progress;
+
+    const Block& block;
     const int index;
+    const Progress before;
 
-    DEVICE AnyConsumer(const BackwardBlock<Config>& block, int index)
-        : block(block), index(index) {}
+    DEVICE AnyConsumer(const Block& block, int index, Progress before)
+        : block(block), index(index), before(before) {}
 
-    DEVICE void run() const {
+    DEVICE Progress run() const {
         constexpr int FEW = Config::DV_PARTS / Config::CONSUMERS;
         constexpr int LAST = Config::CONSUMERS - 1, MORE = Config::DV_PARTS % Config::CONSUMERS;
         static_assert(MORE == 0 || MORE == LAST);
         if constexpr (MORE == 0) {
-            Consumer<Config, FEW>(block, index).run();
+            return Consumer<Config, FEW>(block, index, before).run();
         } else if (index < LAST) {
-            Consumer<Config, FEW + 1>(block, index).run();
+            return Consumer<Config, FEW + 1>(block, index, before).run();
         } else {
-            Consumer<Config, FEW>(block, LAST).run();  // a constant: so addresses are uniform
+            return Consumer<Config, FEW>(block, LAST, before).run();  // a constant: so addresses are uniform
         }
     }
 };

@@ -20,6 +20,7 @@ struct BackwardMaps {
     TensorMap do_;  // TILE_M
     TensorMap dk;   // 64, the rows of one warpgroup
     TensorMap dv;   // 64
+    TensorMap dq;   // those of a consumer's part of dQ
 };
 
 // The box at (row, col) of a head; its head is passed apart because k and v have fewer than q.

@@ -1,5 +1,5 @@
 // What hopper_backward wants to know of every row of o: D_i and lse_i, as row_dots computes them,
-// of two rows side by side; and zeros in dq_sum and dq_turns.
+// of two rows side by side; and zeros in dq_sum and dq_turns, if there are any.
 #include "types.cuh"
 #include "params.cuh"
 #include "row_dots.cuh"
@@ -47,5 +47,5 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
             pairs[i / 2].dot[i % 2] = terms.dot;
         }
     }
-    clear_dq(params, index, tile);
+    if (params.dq_sum.data != nullptr) clear_dq(params, index, tile);
 }

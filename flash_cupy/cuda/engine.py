@@ -240,9 +240,8 @@ def hopper_steps(call: Call, deterministic: bool) -> Steps:
     problem = call.problem
     if "dq" not in call.tensors:
         return ("hopper_forward",), {"tickets": (1, 1)} if hopper.is_dynamic(problem) else {}
-    return hopper_backward.kernels(problem), hopper_backward.workspace(
-        problem, "alibi_slopes" in call.tensors, deterministic
-    )
+    plan_of = problem, "alibi_slopes" in call.tensors, deterministic
+    return hopper_backward.kernels(*plan_of), hopper_backward.workspace(*plan_of)
 
 
 def choose_family(call: Call, machine: Machine) -> Family:

@@ -35,11 +35,14 @@ class HopperBackwardPlan(HopperPlan):
         Of Q, dO and dS.
     deterministic
         Whether the blocks add to dQ in a fixed order.
+    head_rows
+        Most queries of a call whose blocks compute a whole head each, or 0: a tile of keys.
     """
 
     kernel: ClassVar[str] = "hopper_backward"
 
     deterministic: bool
+    head_rows: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,13 +63,13 @@ class HopperBackwardPlan(HopperPlan):
 
     @property
     def barriers(self) -> int:
-        """Barriers in shared memory: full and empty ones of q, do and dS; one for all."""
-        return 6 * self.stages + 1
+        """Barriers in shared memory: full and empty ones of q, do and dS; two for all."""
+        return 6 * self.stages + 2
 
     @property
     def passed_bytes(self) -> int:
-        """Bytes of what consumers pass on: the stages of dS, and dQ."""
-        dq = self.tile_m * dq_columns(self.head_dim) * SUM_BYTES
+        """Bytes of what consumers pass on: the stages of dS, and dQ, of a tile or a head."""
+        dq = max(self.tile_m, self.head_rows) * dq_columns(self.head_dim) * SUM_BYTES
         return self.stages * self.tile_bytes(self.tile_m, self.tile_n) + dq
 
     @property
@@ -102,10 +105,13 @@ class HopperBackwardPlan(HopperPlan):
             "do_": self.tile_m,
             "dk": self.gradient_rows,
             "dv": self.gradient_rows,
+            "dq": self.tile_m * ceil_div(self.head_dim, BOX_COLUMNS) // self.dq_parts,
         }
 
     def blocks(self, problem: Problem) -> int:
-        """Return one for every tile of keys and key head."""
+        """Return one for every head, or for every tile of keys and key head."""
+        if self.head_rows:
+            return head_count(problem)
         return ceil_div(problem.seqlen_k, self.tile_n) * (head_count(problem) // problem.group)
 
 
@@ -137,8 +143,8 @@ class HopperBackwardWidePlan(HopperBackwardPlan):
 
     @property
     def barriers(self) -> int:
-        """Barriers in shared memory: full and empty ones of q and do; one for all."""
-        return 4 * self.stages + 1
+        """Barriers in shared memory: full and empty ones of q and do; two for all."""
+        return 4 * self.stages + 2
 
     @property
     def passed_bytes(self) -> int:
@@ -208,23 +214,34 @@ class BackwardTiles(NamedTuple):
     min_head_dim: int = 0  # of q and k
     min_seqlen: int = 0  # of keys
     max_head_dim_v: int = MAX_HEAD_DIM
+    head_rows: int = 0  # most queries of a head, if a block computes a whole one
 
-    def suits(
-        self, head_dim: int, head_dim_v: int, seqlen_k: int, options: Mapping[str, bool]
-    ) -> bool:
+    def suits(self, problem: Problem, options: Mapping[str, bool]) -> bool:
         """Whether a call is one of those."""
         return (
-            head_dim >= self.min_head_dim
-            and head_dim_v <= self.max_head_dim_v
-            and seqlen_k >= self.min_seqlen
+            padded_head_dim(problem.head_dim) >= self.min_head_dim
+            and padded_head_dim(problem.head_dim_v) <= self.max_head_dim_v
+            and problem.seqlen_k >= self.min_seqlen
             and (self.alibi or not options["alibi"])
             and (self.softcap or not options["softcap"])
+            and (self.head_rows == 0 or self.suits_heads(problem))
         )
+
+    def suits_heads(self, problem: Problem) -> bool:
+        """Whether blocks that compute whole heads can take a call, and leave few SMs idle."""
+        heads = head_count(problem)
+        rounds = ceil_div(heads, MULTIPROCESSORS)
+        busy = heads >= LEAST_BUSY * rounds * MULTIPROCESSORS
+        return problem.group == 1 and problem.seqlen_q <= self.head_rows and busy
 
 
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
-    64: [BackwardTiles(128, alibi=False), BackwardTiles(64)],
+    64: [
+        BackwardTiles(64, head_rows=512),
+        BackwardTiles(128, alibi=False),
+        BackwardTiles(64),
+    ],
     96: [BackwardTiles(64)],
     128: [
         BackwardTiles(
@@ -242,10 +259,17 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
 #: Of Q and dO.
 STAGES = 2
 
+#: Of the GPU that the table was measured on, and the least share of them that has work where a
+#: block computes a whole head.
+MULTIPROCESSORS = 132
+LEAST_BUSY = 0.8
 
-def kernels(problem: Problem) -> tuple[str, ...]:
+
+def kernels(problem: Problem, alibi: bool, deterministic: bool) -> tuple[str, ...]:
     """Return the kernels of a call's backward, in the order of their launches."""
-    return ("hopper_row_dots", choose_plan(problem, False, False).kernel, "hopper_store_dq")
+    plan = choose_plan(problem, alibi, deterministic)
+    last = () if plan.head_rows else ("hopper_store_dq",)
+    return ("hopper_row_dots", plan.kernel, *last)
 
 
 @lru_cache(MAX_PLANS)
@@ -257,7 +281,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
     row = next(
         row
         for row in BACKWARD_TILES[widest]
-        if row.suits(head_dim, head_dim_v, problem.seqlen_k, options)
+        if row.suits(problem, options)
     )
     options["band"] |= row.always_masked
     weight_stages = row.weight_stages
@@ -273,7 +297,8 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
         stages=STAGES,
         blocks_per_sm=1,
         **options,
-        deterministic=deterministic,
+        deterministic=deterministic and not row.head_rows,  # a single block adds to dq anyway
+        head_rows=row.head_rows,
     )
     if weight_stages is None:
         return HopperBackwardPlan(**plan)
@@ -282,15 +307,14 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
 
 @lru_cache(MAX_PLANS)
 def workspace(problem: Problem, alibi: bool, deterministic: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of row_dots, dq_sum and, in turns, dq_turns: rows fill up whole tiles."""
+    """Return the shapes of row_dots, dq_sum and dq_turns, as needed: rows fill up whole tiles."""
     plan = choose_plan(problem, alibi, deterministic)
     tiles = ceil_div(problem.seqlen_q, plan.tile_m)
     heads, rows = problem.rows_shape[:-1], tiles * plan.tile_m
-    shapes = {
-        "row_dots": (*heads, rows, 2),
-        "dq_sum": (*heads, rows, dq_columns(plan.head_dim)),
-    }
-    if deterministic:
+    shapes = {"row_dots": (*heads, rows, 2)}
+    if not plan.head_rows:
+        shapes["dq_sum"] = (*heads, rows, dq_columns(plan.head_dim))
+    if plan.deterministic:
         shapes["dq_turns"] = (*heads, tiles, plan.consumers)
     return shapes
 
