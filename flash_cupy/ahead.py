@@ -76,19 +76,20 @@ def compile(
     import cupy
 
     pairs = [(d, d) if isinstance(d, int) else d for d in head_dims]
-    slopes = cupy.zeros(1, np.float32) if alibi else None
-    # Two rows: with one, a causal mask would hide nothing and be dropped.
-    lengths = {2}
+    # Heads and keys. Two at least: with one, a causal mask would hide nothing and be dropped.
+    sizes = {(1, 2)}
     if np.dtype(dtype).itemsize == 2:
-        lengths |= {*hopper.lengths(), *(hopper_backward.lengths() if backward else ())}
-    calls = list(itertools.product(pairs, masks, sorted(lengths)))
-    for (head_dim, head_dim_v), mask, keys in _with_bar(calls, progress):
-        shapes = ((1, 2, head_dim), (1, keys, head_dim), (1, keys, head_dim_v))
+        lengths = {*hopper.lengths(), *(hopper_backward.lengths() if backward else ())}
+        sizes |= {(1, keys) for keys in lengths}
+        sizes |= {(heads, 2) for heads in (hopper_backward.head_counts() if backward else ())}
+    calls = list(itertools.product(pairs, masks, sorted(sizes)))
+    for (head_dim, head_dim_v), mask, (heads, keys) in _with_bar(calls, progress):
+        shapes = ((heads, 2, head_dim), (heads, keys, head_dim), (heads, keys, head_dim_v))
         q, k, v = (cupy.zeros(shape, dtype) for shape in shapes)
         options: dict[str, Any] = {
             "causal": mask,
             "softcap": 1.0 if softcap else None,
-            "alibi_slopes": slopes,
+            "alibi_slopes": cupy.zeros(heads, np.float32) if alibi else None,
             "precision": precision,
         }
         o, lse = attention_forward(q, k, v, **options)

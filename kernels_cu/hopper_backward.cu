@@ -1,5 +1,6 @@
 // Backward attention on wgmma and TMA (sm_90a), up to head dim 128: a block of threads computes
-// TILE_N rows of dk and dv for one key head, and what these keys add to dq.
+// TILE_N rows of dk and dv for one key head, and what these keys add to dq; or, of a short head that
+// shares its keys with no other (WHOLE_HEAD), all rows of dk and dv, one tile after another, and dq.
 //
 //   for each query head of the group, for each tile of queries that sees the keys (a step):
 //       S^T = K Q^T, dP^T = V dO^T     (TILE_N x TILE_M, in registers)
@@ -7,7 +8,7 @@
 //       dS^T = P^T * (dP^T - D)        times the softcap's derivative
 //       dV += P^T dO                   (TILE_N x HEAD_DIM_V, in registers)
 //       dK += dS^T Q                   (TILE_N x HEAD_DIM, in registers)
-//       dq_sum += dS K                 (TILE_M x HEAD_DIM, in device memory)
+//       dq_sum += dS K                 (TILE_M x HEAD_DIM, in device or shared memory)
 //
 // Warpgroup 0 feeds the others and takes dQ from them; each of the CONSUMERS owns 64 keys. With
 // keys as rows the accumulators of S^T and dP^T become operands of the products for dV and dK as
@@ -36,11 +37,19 @@
 // consumers. As it is computed a step late, they need not be in step: while one computes
 // exponentials, the other multiplies.
 //
+// WHOLE_HEAD: there are no writers, as a consumer adds its part of dQ to words of its own, and no
+// order in which blocks would have to add. dK and dV leave by way of dS, and the producer loads the
+// next K and V (keys_full) as soon as the consumers have the present ones in registers (keys_empty).
+//
+// KEYS_IN_REGISTERS: with head dims of 64 and 64 queries a step there is room for K and V as
+// operands of S^T, dP^T and dQ^T. The products then read half as much shared memory, which is what
+// bounds them.
+//
 // Non-finite values, see nonfinite.cuh, matter in tiles of which some query does not see some key.
 // Those of Q and dO show in the row terms, for K there are inspectors. Where there are any in Q or
 // dO, the consumers take them out after S and dP, and set to NaN what sees them when the step is
-// done; where in K, they take them out in every step, and add NaN to dq_sum. Missing queries and
-// keys need no inspection: TMA fills up with zeros.
+// done; where in K, they take them out in every step (or once, from registers), and add NaN to
+// dq_sum. Missing queries and keys need no inspection: TMA fills up with zeros.
 #include "hopper_backward_consumer.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
@@ -61,6 +70,8 @@ struct Config {
     static constexpr bool WIDE = false;
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
     static constexpr bool WHOLE_HEAD = HEAD_ROWS > 0;
+    static constexpr bool KEYS_IN_REGISTERS =
+        HEAD_DIM == 64 && HEAD_DIM_V == 64 && TILE_M == 64;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = WHOLE_HEAD ? 40 : 24;
     static constexpr int CONSUMER_REGISTERS = WHOLE_HEAD ? 232 : 240;
@@ -69,7 +80,7 @@ struct Config {
     static constexpr int THREADS = PLAN_WARPS * WARP;
     static_assert(TILE_N == 64 * CONSUMERS && TILE_M <= 128 && STAGES == 2,
                   "what the pipeline and its masks are made for");
-    static_assert(!WHOLE_HEAD || (HEAD_DIM == 64 && HEAD_DIM_V == 64 && HEAD_ROWS % TILE_M == 0),
+    static_assert(!WHOLE_HEAD || (KEYS_IN_REGISTERS && HEAD_ROWS % TILE_M == 0),
                   "dk and dv find room in dS, all of dq in Q, dO and dS");
 };
 
@@ -88,6 +99,22 @@ struct Consumer : BackwardConsumer<Config> {
 
     using Scores = float[TILE_M / 2];           // accumulators, 64 x TILE_M of the warpgroup
     using Weights = uint32[TILE_M / 16][4];     // the same as operands of products
+
+    // Terms of the rows of a step, in pairs of neighbours. Where there are registers for them, they
+    // are loaded before the wait for a product, else where they are needed.
+    struct alignas(8) Two {
+        float value[2];
+    };
+    using Terms = Two[TILE_M / 8];
+    static constexpr bool EARLY_TERMS = Config::KEYS_IN_REGISTERS;
+
+    // Operands that stay in registers where there is room for them: products then read less shared
+    // memory, which is what bounds them. This consumer's rows of K and V, and its dims of K^T.
+    template <int COLS>
+    using Operand = uint32[Config::KEYS_IN_REGISTERS ? COLS / 16 : 1][4];
+    Operand<Config::HEAD_DIM> k_rows;
+    Operand<Config::HEAD_DIM_V> v_rows;
+    Operand<Config::TILE_N> k_columns;
 
     float dk[Config::HEAD_DIM / 2];
     float dv[Config::HEAD_DIM_V / 2];
@@ -117,6 +144,49 @@ struct Consumer : BackwardConsumer<Config> {
         wgmma_commit();
     }
 
+    // The same with a in registers.
+    template <int STEPS, class BTile>
+    static DEVICE void multiply_operand(Scores& acc, const uint32 (&a)[STEPS][4], BTile b) {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            wgmma_rs<T, TILE_M, false>(acc, a[k], b.k_major(0, 16 * k), k > 0);
+        }
+        wgmma_commit();
+    }
+
+    // At the first step: the operands that stay in registers.
+    DEVICE void load_keys() {
+        wait_for(block.barrier(Block::KEYS_FULL), before.tiles % 2);
+        const auto k = block.k_tile();
+        load_rows(k_rows, k);
+        load_rows(v_rows, block.v_tile());
+        const int lane = lane_index();
+#pragma unroll
+        for (int key = 0; key < Config::TILE_N; key += 16) {
+            load_matrix_transposed_x4(
+                k_columns[key / 16], k.at(key + lane / 16 * 8 + lane % 8,
+                                          Dq::first_dim(index) + warp_row() + lane / 8 % 2 * 8));
+        }
+    }
+    // Zeros in place of non-finite values.
+    DEVICE void clean_k_columns() {
+#pragma unroll
+        for (int i = 0; i < Config::TILE_N / 4; ++i) {
+            uint32& pair = k_columns[i / 4][i % 4];
+            if (is_nonfinite<T>(pair & 0xffff)) pair &= 0xffff0000;
+            if (is_nonfinite<T>(pair >> 16)) pair &= 0xffff;
+        }
+    }
+    template <int STEPS, class Tile>
+    DEVICE void load_rows(uint32 (&operand)[STEPS][4], Tile tile) const {
+        const int lane = lane_index();
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+            load_matrix_x4(operand[k],
+                           tile.at(first_row() + warp_row() + lane % 16, 16 * k + lane / 16 * 8));
+        }
+    }
+
     // acc += weights b: rows of a tile weighted and added up.
     template <class BTile, int COLS>
     static DEVICE void add_weighted_rows(float (&acc)[COLS], const Weights& weights, BTile b) {
@@ -128,11 +198,12 @@ struct Consumer : BackwardConsumer<Config> {
     }
 
     // P from S, in place. With a softcap, which needs S, also dP becomes (dP - D) * derivative.
-    DEVICE void exponentiate(Scores& s, Scores& dp, const Step& step) const {
+    DEVICE void exponentiate(Scores& s, Scores& dp, const Terms& early_lse,
+                             const Step& step) const {
         const int32 key = lane_key(), query = lane_query(step.tile);
 #pragma unroll
         for (int i = 0; i < TILE_M / 8; ++i) {
-            const Two lse = load_terms(step.stage(), i, 0);
+            const Two lse = EARLY_TERMS ? early_lse[i] : load_terms(step.stage(), i, 0);
             const Two dot = Config::SOFTCAP ? load_terms(step.stage(), i, sizeof(Two)) : Two{};
 #pragma unroll
             for (int x = 0; x < 4; ++x) {
@@ -150,10 +221,13 @@ struct Consumer : BackwardConsumer<Config> {
     }
 
     // dS from P and dP, in place of dP.
-    DEVICE void differentiate(const Scores& p, Scores& dp, const Step& step) const {
+    DEVICE void differentiate(const Scores& p, Scores& dp, const Terms& early_dot,
+                              const Step& step) const {
 #pragma unroll
         for (int i = 0; i < TILE_M / 8; ++i) {
-            const Two dot = Config::SOFTCAP ? Two{} : load_terms(step.stage(), i, sizeof(Two));
+            const Two dot = Config::SOFTCAP ? Two{}
+                            : EARLY_TERMS   ? early_dot[i]
+                                            : load_terms(step.stage(), i, sizeof(Two));
 #pragma unroll
             for (int x = 0; x < 4; ++x) {
                 dp[4 * i + x] = p[4 * i + x] * (dp[4 * i + x] - dot.value[x % 2]);
@@ -161,14 +235,17 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    struct alignas(8) Two {
-        float value[2];
-    };
     // Of two neighbouring queries, 8i after the lane's first: lse, or D at `offset`.
     DEVICE Two load_terms(int stage, int i, int offset) const {
         constexpr int SIZE = sizeof(typename Block::Terms);
         return load_shared<Two>(block.terms(stage) + lane_index() % 4 * SIZE + 4 * i * SIZE +
                                 offset);
+    }
+    DEVICE void load_early(Terms& terms, int stage, int offset) const {
+        if constexpr (EARLY_TERMS) {
+#pragma unroll
+            for (int i = 0; i < TILE_M / 8; ++i) terms[i] = load_terms(stage, i, offset);
+        }
     }
 
     // Zeros where a query does not see a key, or one of them does not exist.
@@ -207,15 +284,20 @@ struct Consumer : BackwardConsumer<Config> {
 
     using DqSums = float[Dq::QUERIES / 2];
 
-    // dQ^T = K^T dS^T, this consumer's part.
+    // dQ^T = K^T dS^T, this consumer's part; of a whole head added to what dq is.
     DEVICE void multiply_dq(DqSums& dq, int stage) const {
         const auto k = block.k_tile();
         const auto ds = block.ds_tile(stage);
 #pragma unroll
         for (int key = 0; key < Config::TILE_N; key += 16) {
-            wgmma_ss<T, Dq::QUERIES, true, false>(dq, k.mn_major(key, Dq::first_dim(index)),
-                                                  ds.k_major(Dq::first_query(index), key),
-                                                  key > 0);
+            const uint64 queries = ds.k_major(Dq::first_query(index), key);
+            if constexpr (Config::KEYS_IN_REGISTERS) {
+                wgmma_rs<T, Dq::QUERIES, false>(dq, k_columns[key / 16], queries,
+                                                Config::WHOLE_HEAD || key > 0);
+            } else {
+                wgmma_ss<T, Dq::QUERIES, true, false>(dq, k.mn_major(key, Dq::first_dim(index)),
+                                                      queries, key > 0);
+            }
         }
         wgmma_commit();
     }
@@ -226,55 +308,71 @@ struct Consumer : BackwardConsumer<Config> {
     static DEVICE int dq_offset(int i) {  // bytes
         return Dq::at(Base::thread(), i) * static_cast<int>(sizeof(float));
     }
-    // To the writer, or to what the block has of a whole head: these words no other thread touches.
-    DEVICE void add_dq(const DqSums& dq, int32 tile) const {
+    // What a tile of queries of a whole head has got so far: words that no other thread touches.
+    DEVICE void load_dq(DqSums& dq, int32 tile) const {
         if constexpr (Config::WHOLE_HEAD) {
-            const uint32 sums = block.dq_part(index, tile);
 #pragma unroll
             for (int i = 0; i < Dq::QUERIES / 8; ++i) {
-                Four sum = load_shared<Four>(sums + dq_offset(i));
+                const Four four = load_shared<Four>(block.dq_part(index, tile) + dq_offset(i));
 #pragma unroll
-                for (int x = 0; x < 4; ++x) sum.value[x] += dq[4 * i + x];
-                store_shared(sums + dq_offset(i), sum);
+                for (int x = 0; x < 4; ++x) dq[4 * i + x] = four.value[x];
             }
-        } else {
-            pass_dq(dq);
         }
     }
-    DEVICE void pass_dq(const DqSums& dq) const {
-        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);
+    DEVICE void store_dq(const DqSums& dq, int32 tile) const {
 #pragma unroll
         for (int i = 0; i < Dq::QUERIES / 8; ++i) {
-            store_shared(block.dq_part(index) + dq_offset(i),
+            store_shared(block.dq_part(index, tile) + dq_offset(i),
                          Four{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]});
         }
-        fence_async_shared();
-        arrive_named(Block::DQ_FULL + index, Block::DQ_THREADS);
+    }
+    // Back to its place, or to the writer.
+    DEVICE void pass_dq(const DqSums& dq, int32 tile) const {
+        if constexpr (Config::WHOLE_HEAD) {
+            store_dq(dq, tile);
+        } else {
+            sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);
+            store_dq(dq, 0);
+            fence_async_shared();
+            arrive_named(Block::DQ_FULL + index, Block::DQ_THREADS);
+        }
     }
 
     // P and dS of a step, rounded, and what non-finite values were found.
     DEVICE uint32 compute_weights(Weights& p, Weights& ds, const Step& step) {
         Scores s, dp;
         wait_for(block.barrier(Block::Q_FULL + step.stage()), step.parity());
-        wgmma_fence();
-        multiply_rows(s, block.k_tile(), first_row(), block.q_tile(step.stage()),
-                      Config::HEAD_DIM);
-        wait_for(block.barrier(Block::DO_FULL + step.stage()), step.parity());
-        multiply_rows(dp, block.v_tile(), first_row(), block.do_tile(step.stage()),
-                      Config::HEAD_DIM_V);
+        if constexpr (Config::KEYS_IN_REGISTERS) {
+            if (step.first) load_keys();
+            wgmma_fence();
+            multiply_operand(s, k_rows, block.q_tile(step.stage()));
+            wait_for(block.barrier(Block::DO_FULL + step.stage()), step.parity());
+            multiply_operand(dp, v_rows, block.do_tile(step.stage()));
+        } else {
+            wgmma_fence();
+            multiply_rows(s, block.k_tile(), first_row(), block.q_tile(step.stage()),
+                          Config::HEAD_DIM);
+            wait_for(block.barrier(Block::DO_FULL + step.stage()), step.parity());
+            multiply_rows(dp, block.v_tile(), first_row(), block.do_tile(step.stage()),
+                          Config::HEAD_DIM_V);
+        }
         const bool partial = block.is_partial(step.tile);
+        Terms lse, dot;
+        load_early(lse, step.stage(), 0);
         wgmma_wait<Config::SOFTCAP ? 0 : 1>();
-        exponentiate(s, dp, step);
+        exponentiate(s, dp, lse, step);
         // This branch also keeps the compiler from moving the exponentials behind the wait for dP.
         if (partial) mask(s, step);
         round(p, s);
+        load_early(dot, step.stage(), sizeof(Two));
         wgmma_wait<0>();
-        differentiate(s, dp, step);
+        differentiate(s, dp, dot, step);
         if (partial) mask(dp, step);  // P = 0 does not suffice where D is not finite
         round(ds, dp);
         uint32 found = NOTHING;
         if (partial || step.first || this->found_in_keys) {
             found = this->remove_nonfinite(step, partial);
+            if (Config::KEYS_IN_REGISTERS && step.first && found & Base::IN_KEYS) clean_k_columns();
         }
         return recompute_from(found);  // no second copy of all that follows
     }
@@ -297,13 +395,15 @@ struct Consumer : BackwardConsumer<Config> {
         const int stage = step.stage();
         Weights p, ds;
         const uint32 found = compute_weights(p, ds, step);
+        DqSums dq;
+        const int32 tile_before = step.tile - (step.first ? 0 : 1);
+        load_dq(dq, tile_before);
         wait_for(block.barrier(Block::DS_EMPTY + stage), empty_parity(step));
         store_ds(ds, stage);
         fence_async_shared();
         __syncwarp();
         if (lane_index() == 0) arrive_at(block.barrier(Block::DS_FULL + stage));
 
-        DqSums dq;
         wgmma_fence();
         add_weighted_rows(dv, p, block.do_tile(stage));
         multiply_late_dq(dq, step.index - 1);
@@ -312,9 +412,10 @@ struct Consumer : BackwardConsumer<Config> {
         add_weighted_rows(dk, ds, block.q_tile(stage));
         wgmma_wait<1>();
         release(Block::DS_EMPTY + (stage ^ 1));
-        if (!step.first) add_dq(dq, step.tile - 1);
+        if (!step.first) pass_dq(dq, tile_before);
         wgmma_wait<0>();
         this->release_q(stage);
+        if (Config::WHOLE_HEAD && step.first) arrive_at(block.barrier(Block::KEYS_EMPTY));
         if (Config::BAND && found) {
             this->spread_nonfinite(step, found, [&] { spread_nonfinite_queries(step); });
         }
@@ -339,6 +440,7 @@ struct Consumer : BackwardConsumer<Config> {
     DEVICE void finish_dq(uint32 index, int32 tile) {
         this->remove_nonfinite_keys();
         DqSums dq;
+        load_dq(dq, tile);
         multiply_late_dq(dq, index);
         if constexpr (Config::WHOLE_HEAD) {
             const Step next = {0, 0, index + 1, false};
@@ -346,7 +448,7 @@ struct Consumer : BackwardConsumer<Config> {
         }
         store_dv(index + 1);
         wgmma_wait<0>();
-        add_dq(dq, tile);
+        pass_dq(dq, tile);
     }
 
     // Of a whole head, to begin with.
@@ -432,9 +534,9 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    // All of the block's dq for one consumer, by way of what it has of Q, dO and dS: all steps are
+    // All of a head's dq of one consumer, by way of what it has of Q, dO and dS: all steps are
     // over.
-    static DEVICE void store_dq(const Block& block, int index) {
+    static DEVICE void store_head_dq(const Block& block, int index) {
         using Tile = SwizzledTile<T, Dq::QUERIES, 64>;
         constexpr int STAGED = Block::P_OFFSET - Block::Q_OFFSET;
         static_assert(Block::DQ_TILES * Config::CONSUMERS * Tile::BYTES <= STAGED);
@@ -489,7 +591,6 @@ struct Consumer : BackwardConsumer<Config> {
             store_dv(done.steps);
         }
         this->meet_consumers();  // nobody reads K any more
-        if (Config::WHOLE_HEAD && done.tiles > before.tiles) release(Block::KEYS_EMPTY);
         store_dk(done.steps - 1);
         if (leads()) wait_bulk_read<0>();
         if constexpr (Config::WHOLE_HEAD) {

@@ -61,7 +61,8 @@ struct BackwardBlock {
         DS_FULL = DO_EMPTY + STAGES,
         DS_EMPTY = DS_FULL + DS_STAGES,
         INSPECTED = DS_EMPTY + DS_STAGES,
-        KEYS_EMPTY,  // of a head's tiles of K and V one after another
+        KEYS_FULL,  // K and V, if they go on to registers
+        KEYS_EMPTY,  // of a head's tiles one after another
         BARRIERS,
     };
     // Named barriers; from the second on one for each consumer.
@@ -235,7 +236,8 @@ struct BackwardBlock {
             init_barrier(barrier(DS_EMPTY + stage), CONSUMERS);
         }
         init_barrier(barrier(INSPECTED), INSPECTORS);
-        init_barrier(barrier(KEYS_EMPTY), CONSUMERS);
+        init_barrier(barrier(KEYS_FULL), 1);
+        init_barrier(barrier(KEYS_EMPTY), CONSUMERS * WARPGROUP);
         fence_barrier_init();
     }
 
@@ -295,7 +297,8 @@ struct BackwardBlock {
         }
     }
 
-    // One thread: all loads. K comes with the first Q, V with the first dO.
+    // One thread: all loads. K comes with the first Q and V with the first dO, or, if they go on to
+    // registers, both for themselves: those of a whole head while the tile before is computed.
     DEVICE void produce() const {
         const HeadIndex keys = key_head();
         for_each_key_tile([&](const BackwardBlock& block, Progress done) {
@@ -308,22 +311,26 @@ struct BackwardBlock {
         const HeadIndex index = query_head(keys, step.head);
         const int32 row = step.tile * Config::TILE_M;
         const int q_full = Q_FULL + step.stage(), do_full = DO_FULL + step.stage();
+        const bool with_keys = !Config::KEYS_IN_REGISTERS && step.first;
+        if (Config::KEYS_IN_REGISTERS && step.first) load_keys(keys, keys_parity);
         wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
         arrive_expecting(barrier(q_full),
-                         QTile::BYTES + TERMS_BYTES + (step.first ? KTile::BYTES : 0));
-        if (!Config::WHOLE_HEAD && step.first) load(k_tile(), maps.k, keys, first_key, q_full);
+                         QTile::BYTES + TERMS_BYTES + (with_keys ? KTile::BYTES : 0));
+        if (with_keys) load(k_tile(), maps.k, keys, first_key, q_full);
         load(q_tile(step.stage()), maps.q, index, row, q_full);
         load_bulk(terms(step.stage()),
                   load_address<const float>(ROW_DOTS) + step.head * params.row_dots.head + 2 * row,
                   TERMS_BYTES, barrier(q_full));
-        if (Config::WHOLE_HEAD && step.first) {
-            wait_for(barrier(KEYS_EMPTY), keys_parity);
-            load(k_tile(), maps.k, keys, first_key, q_full);
-        }
         wait_for(barrier(DO_EMPTY + step.stage()), step.parity() ^ 1);
-        arrive_expecting(barrier(do_full), DoTile::BYTES + (step.first ? VTile::BYTES : 0));
-        if (step.first) load(v_tile(), maps.v, keys, first_key, do_full);
+        arrive_expecting(barrier(do_full), DoTile::BYTES + (with_keys ? VTile::BYTES : 0));
+        if (with_keys) load(v_tile(), maps.v, keys, first_key, do_full);
         load(do_tile(step.stage()), maps.do_, index, row, do_full);
+    }
+    DEVICE void load_keys(const HeadIndex& keys, uint32 parity) const {
+        if constexpr (Config::WHOLE_HEAD) wait_for(barrier(KEYS_EMPTY), parity);
+        arrive_expecting(barrier(KEYS_FULL), KTile::BYTES + VTile::BYTES);
+        load(k_tile(), maps.k, keys, first_key, KEYS_FULL);
+        load(v_tile(), maps.v, keys, first_key, KEYS_FULL);
     }
 
     // One thread: what the block that probably comes next on this multiprocessor begins with is
@@ -352,10 +359,7 @@ struct BackwardBlock {
     DEVICE Progress inspect_keys(int inspector, Progress done) const {
         const TileRange tiles = query_tiles();
         if (tiles.begin == tiles.end) return done;
-        // Not before the consumers are done with the tile before: parities tell no more apart.
-        if constexpr (Config::WHOLE_HEAD) wait_for(barrier(KEYS_EMPTY), done.tiles % 2 ^ 1);
-        const Step first_step = {0, tiles.begin, done.steps, true};
-        wait_for(barrier(Q_FULL + first_step.stage()), first_step.parity());
+        wait_for(barrier(Config::KEYS_IN_REGISTERS ? KEYS_FULL : Q_FULL), done.tiles % 2);
         bool found = false;
         const int first = inspector * WARP + lane_index();
 #pragma unroll 2

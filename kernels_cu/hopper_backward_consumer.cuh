@@ -60,7 +60,8 @@ struct BackwardConsumer {
     }
 
     // What non-finite values are taken out in a step: those of Q and dO if it is partial, those of
-    // K in every step, as its tile serves all of them.
+    // K in every step, as its tile serves all of them, or, where it stands in registers, once from
+    // those for dQ.
     enum Found : uint32 { NOTHING = 0, IN_QUERIES = 1, IN_KEYS = 2 };
 
     // After S and dP.
@@ -75,14 +76,14 @@ struct BackwardConsumer {
             remove_nonfinite_values(block.q_tile(step.stage()));
             remove_nonfinite_values(block.do_tile(step.stage()));
         }
-        if (found & IN_KEYS) remove_nonfinite_values(block.k_tile());
+        if (!Config::KEYS_IN_REGISTERS && found & IN_KEYS) remove_nonfinite_values(block.k_tile());
         fence_async_shared();
         meet_consumers();
         return found;
     }
     // After the last step.
     DEVICE void remove_nonfinite_keys() const {
-        if (found_in_keys == NOTHING) return;
+        if (Config::KEYS_IN_REGISTERS || found_in_keys == NOTHING) return;
         meet_consumers();  // all have restored them
         remove_nonfinite_values(block.k_tile());
         fence_async_shared();
@@ -140,7 +141,7 @@ struct BackwardConsumer {
         if (found & IN_QUERIES) spread_queries();
         if (found & IN_KEYS) {
             spread_nonfinite_keys(step);
-            restore_keys();
+            if constexpr (!Config::KEYS_IN_REGISTERS) restore_keys();
         }
     }
 
@@ -235,6 +236,6 @@ DEVICE void run_block(const AttentionParams& params, const BackwardMaps& maps) {
         block.for_each_key_tile([&](const BackwardBlock<Config>& block, Progress before) {
             return Consumer(block, warpgroup - 1, before).run();
         });
-        if constexpr (Config::WHOLE_HEAD) Consumer::store_dq(block, warpgroup - 1);
+        if constexpr (Config::WHOLE_HEAD) Consumer::store_head_dq(block, warpgroup - 1);
     }
 }

@@ -41,6 +41,7 @@ struct Config {
     static constexpr bool WIDE = true;
     static constexpr int HEAD_ROWS = 0;  // a block computes one tile of keys
     static constexpr bool WHOLE_HEAD = false;
+    static constexpr bool KEYS_IN_REGISTERS = false;
     // Of a thread of warpgroup 0 and of the others: together what the block was launched with.
     static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
     static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -114,6 +115,23 @@ def check_cancelling_gradients(case: Case, dq: Any, dk: Any) -> None:
     rows = case.q.shape[-2] * case.q.shape[-3] // case.k.shape[-3]  # that see the key
     assert abs(dq - dq_exact).max() <= ds_error * abs(exact.k).max()
     assert abs(dk - dk_exact).max() <= ds_error * abs(exact.q).max() * rows
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "seqlens", [(1, 1), (63, 130), (200, 200), (512, 512), (512, 70), (300, 700)], ids=str
+)
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_many_short_heads(head_dim: int, seqlens: tuple[int, int], mask: str) -> None:
+    """So many that a block computes all gradients of one: equal bits, asked for or not."""
+    gpu = gpu_engine()
+    case = make_case((11,), 12, 12, *seqlens, head_dim, head_dim, BFLOAT16, 3, **MASKS[mask])
+    poison_pool()
+    results = gpu.run(case)
+    assert_exact(case, results)
+    if not MASKS[mask].keys() & {"softcap", "alibi"}:
+        for x, y in zip(results, gpu.run(case, deterministic=True), strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6)])
@@ -249,12 +267,13 @@ def test_cuda_graph(deterministic: bool, seqlen: int) -> None:
             np.testing.assert_allclose(x, y, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("heads, seqlen", [(2, 517), (66, 500)])  # of tiles of keys, whole heads
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_thousand_equal_results(dtype: np.dtype) -> None:
+def test_a_thousand_equal_results(dtype: np.dtype, heads: int, seqlen: int) -> None:
     """Forward and deterministic backward, while another stream keeps the GPU busy."""
     import cupy
 
-    q, k, v, do = (_random((2, 2, 517, 64), dtype, seed) for seed in range(4))
+    q, k, v, do = (_random((2, heads, seqlen, 64), dtype, seed) for seed in range(4))
     o, lse = flash_cupy.attention_forward(q, k, v, causal=True)
     first = flash_cupy.attention_backward(do, q, k, v, o, lse, causal=True, deterministic=True)
     load = cupy.cuda.Stream(non_blocking=True)
@@ -429,9 +448,9 @@ def test_compile_ahead_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch
     q = _random((2, 100, 32), FLOAT32)
     _, backprop = flash_cupy.attention_vjp(q, q, q, precision="tf32", deterministic=True)
     backprop(q)
-    for head_dim, head_dim_v in ((40, 64), (32, 32)):
-        q = _random((2, 100, head_dim), FLOAT16)
-        v = _random((2, 100, head_dim_v), FLOAT16)
+    for heads, (head_dim, head_dim_v) in itertools.product((2, 132), ((40, 64), (32, 32))):
+        q = _random((heads, 100, head_dim), FLOAT16)
+        v = _random((heads, 100, head_dim_v), FLOAT16)
         for options in ({}, {"causal": True}):
             o, lse = flash_cupy.attention_forward(q, q, v, softcap=3.0, **options)
             flash_cupy.attention_backward(o, q, q, v, o, lse, softcap=3.0, **options)

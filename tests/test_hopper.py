@@ -118,7 +118,7 @@ def backward_plans(call: Call, deterministic: bool = False) -> dict[str, KernelP
         tensors[name] = np.empty(shape, np.float32)
     return {
         kernel: hopper_backward.PLANS[kernel](HOPPER, call.problem, tensors)
-        for kernel in hopper_backward.kernels(call.problem)
+        for kernel in hopper_backward.kernels(call.problem, alibi, deterministic)
     }
 
 
@@ -139,6 +139,53 @@ def test_backward_compiles_without_spills(d: int, dv: int, mask: str) -> None:
     for kernel, plan in backward_plans(simple_call(1000, d, dv, **MASKS[mask])).items():
         check_compiles(plan, kernel)
         assert plan.shared_bytes <= HOPPER.shared_bytes
+
+
+def many_heads_call(
+    heads: int, seqlen: int, head_dim: int = 64, group: int = 1, **options: Any
+) -> Call:
+    q, k = (aligned((n, seqlen, head_dim), BFLOAT16) for n in (heads, heads // group))
+    return call_of(q, k, k, **options)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_whole_heads_compile_without_spills(mask: str) -> None:
+    plan = backward_plans(many_heads_call(132, 512, **MASKS[mask]))["hopper_backward"]
+    assert plan.head_rows == 512
+    check_compiles(plan, "hopper_backward")
+    assert plan.shared_bytes <= HOPPER.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "whole"),
+    [
+        ((132, 512), {}, True),
+        ((106, 1, 40), {"causal": True}, True),
+        ((105, 512), {}, False),  # a fifth of the multiprocessors would be idle
+        ((133, 512), {}, False),
+        ((212, 512), {}, True),
+        ((132, 513), {}, False),
+        ((132, 512, 72), {}, False),
+        ((132, 512, 64, 2), {}, False),
+        ((132, 512), {"softcap": 2.0}, False),
+        ((132, 512), {"alibi": True}, False),
+    ],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_which_calls_have_blocks_for_whole_heads(
+    shape: tuple[int, ...], options: dict[str, Any], whole: bool, deterministic: bool
+) -> None:
+    call = many_heads_call(*shape, **options)
+    plans = backward_plans(call, deterministic)
+    alibi = "alibi_slopes" in call.tensors
+    workspace = hopper_backward.workspace(call.problem, alibi, deterministic)
+    if whole:
+        assert list(plans) == ["hopper_row_dots", "hopper_backward"]
+        assert list(workspace) == ["row_dots"]
+        assert plans["hopper_backward"].blocks(call.problem) == call.problem.heads
+    else:
+        assert list(plans) == ["hopper_row_dots", "hopper_backward", "hopper_store_dq"]
+        assert list(workspace) == ["row_dots", "dq_sum", *["dq_turns"] * deterministic]
 
 
 @pytest.mark.slow
@@ -285,9 +332,11 @@ def test_maps_of_a_launch() -> None:
 
 def test_maps_are_in_the_order_of_the_struct() -> None:
     text = (kernel_folder() / "hopper_maps.cuh").read_text()
-    body = re.search(r"struct ForwardMaps \{(.*?)\n\};", text, re.S)[1]
-    plan = plan_of(simple_call(100, 64, 64))
-    assert re.findall(r"^ +TensorMap (\w+);", body, re.M) == list(plan.boxes)
+    call = simple_call(100, 64, 64)
+    plans = {"Forward": plan_of(call), "Backward": backward_plans(call)["hopper_backward"]}
+    for name, plan in plans.items():
+        body = re.search(rf"struct {name}Maps \{{(.*?)\n\}};", text, re.S)[1]
+        assert re.findall(r"^ +TensorMap (\w+);", body, re.M) == list(plan.boxes)
 
 
 @pytest.fixture

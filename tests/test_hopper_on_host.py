@@ -32,24 +32,35 @@ def hopper_engine() -> Iterator[CudaEngine]:
 
 
 @pytest.fixture
-def long_plans(hopper_engine: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The plans of long sequences for those that can be simulated."""
-    caches = (hopper_backward.choose_plan, hopper_backward.workspace)
+def forget_plans(hopper_engine: CudaEngine) -> Iterator[Callable[[], None]]:
+    """To call when plans are to be chosen anew, which they also are after the test."""
 
     def forget() -> None:
         hopper_engine._works.clear()
-        for cache in caches:
+        for cache in (hopper_backward.choose_plan, hopper_backward.workspace):
             cache.cache_clear()
 
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def long_plans(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plans of long sequences for those that can be simulated."""
     for module, name in ((hopper, "FORWARD_TILES"), (hopper_backward, "BACKWARD_TILES")):
         table = {
             key: [row._replace(min_seqlen=0) for row in rows]
             for key, rows in getattr(module, name).items()
         }
         monkeypatch.setattr(module, name, table)
-    forget()
-    yield
-    forget()
+    forget_plans()
+
+
+@pytest.fixture
+def whole_heads(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plans of many short heads for a few of them: a block computes all gradients of one."""
+    monkeypatch.setattr(hopper_backward, "LEAST_BUSY", 0)
+    forget_plans()
 
 
 @pytest.fixture(params=["short", "long"])
@@ -238,6 +249,34 @@ def test_plans_of_long_sequences(
 ) -> None:
     case = make_case((), 2, 1, 250, 300, 128, 128, BFLOAT16, seed=3, **mask)
     assert_exact(case, both(case, deterministic))
+
+
+#: Without groups, softcap and slopes; up to 512 queries.
+WHOLE_HEAD_CASES: dict[str, tuple[Any, ...]] = {
+    "one row, one key": ((), 1, 1, 1, 1, 64, 64, FLOAT16, {}),
+    "one tile": ((), 1, 1, 64, 128, 64, 64, BFLOAT16, {}),
+    "ragged ends": ((), 2, 2, 193, 257, 64, 64, BFLOAT16, {}),
+    "narrow heads and a batch": ((2,), 2, 2, 70, 290, 40, 56, FLOAT16, {"causal": True}),
+    "keys that no query sees": ((), 1, 1, 70, 700, 64, 64, FLOAT16, {"window": (60, 0)}),
+    "rows that see nothing": ((), 2, 2, 300, 67, 64, 64, BFLOAT16, {"causal": True}),
+    "window": ((), 1, 1, 340, 340, 64, 64, FLOAT16, {"window": (30, 10)}),
+    "all rows": ((), 1, 1, 512, 400, 64, 64, BFLOAT16, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_HEAD_CASES)
+def test_blocks_of_a_whole_head(whole_heads: None, both: Run, name: str) -> None:
+    *shape, dtype, options = WHOLE_HEAD_CASES[name]
+    case = make_case(*shape, dtype, seed=2, **options)
+    results = both(case)
+    assert_exact(case, results)
+    for x, y in zip(results, both(case, deterministic=True), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "do"])
+def test_nan_in_blocks_of_a_whole_head(whole_heads: None, both: Run, name: str) -> None:
+    check_nan(both, name, 64)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "do"])

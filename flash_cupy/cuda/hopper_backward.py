@@ -64,7 +64,7 @@ class HopperBackwardPlan(HopperPlan):
     @property
     def barriers(self) -> int:
         """Barriers in shared memory: full and empty ones of q, do and dS; two for all."""
-        return 6 * self.stages + 2
+        return 6 * self.stages + 3
 
     @property
     def passed_bytes(self) -> int:
@@ -144,7 +144,7 @@ class HopperBackwardWidePlan(HopperBackwardPlan):
     @property
     def barriers(self) -> int:
         """Barriers in shared memory: full and empty ones of q and do; two for all."""
-        return 4 * self.stages + 2
+        return 4 * self.stages + 3
 
     @property
     def passed_bytes(self) -> int:
@@ -194,7 +194,7 @@ def dq_columns(head_dim: int) -> int:
 
 
 def shared_columns(head_dim_v: int, consumers: int) -> int:
-    """Return the columns of dv: blocks of 64, as many for each consumer or one less for the last."""
+    """Return the columns of dv: blocks of 64 for each consumer, the last one may have one less."""
     blocks = ceil_div(head_dim_v, BOX_COLUMNS)
     while blocks % consumers not in (0, consumers - 1):
         blocks += 1
@@ -228,7 +228,7 @@ class BackwardTiles(NamedTuple):
         )
 
     def suits_heads(self, problem: Problem) -> bool:
-        """Whether blocks that compute whole heads can take a call, and leave few SMs idle."""
+        """Whether blocks that compute whole heads can take a call and keep the GPU busy."""
         heads = head_count(problem)
         rounds = ceil_div(heads, MULTIPROCESSORS)
         busy = heads >= LEAST_BUSY * rounds * MULTIPROCESSORS
@@ -238,7 +238,7 @@ class BackwardTiles(NamedTuple):
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
     64: [
-        BackwardTiles(64, head_rows=512),
+        BackwardTiles(64, alibi=False, softcap=False, head_rows=512),
         BackwardTiles(128, alibi=False),
         BackwardTiles(64),
     ],
@@ -259,9 +259,10 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
 #: Of Q and dO.
 STAGES = 2
 
-#: Of the GPU that the table was measured on, and the least share of them that has work where a
-#: block computes a whole head.
+#: Of the GPU that the table was measured on.
 MULTIPROCESSORS = 132
+
+#: The least share of the multiprocessors that must have work where a block computes a whole head.
 LEAST_BUSY = 0.8
 
 
@@ -278,11 +279,7 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
     options = score_options(problem, ("alibi_slopes",) if alibi else ())
     head_dim, head_dim_v = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
     widest = max(head_dim, head_dim_v)
-    row = next(
-        row
-        for row in BACKWARD_TILES[widest]
-        if row.suits(problem, options)
-    )
+    row = next(row for row in BACKWARD_TILES[widest] if row.suits(problem, options))
     options["band"] |= row.always_masked
     weight_stages = row.weight_stages
     wide = weight_stages is not None
@@ -359,6 +356,11 @@ def lengths() -> tuple[int, ...]:
     """Return numbers of keys from which on calls may have other plans than with fewer keys."""
     starts = {row.min_seqlen for rows in BACKWARD_TILES.values() for row in rows}
     return tuple(sorted(starts - {0}))
+
+
+def head_counts() -> tuple[int, ...]:
+    """Return numbers of heads with which calls may have other plans than with one."""
+    return (MULTIPROCESSORS,)
 
 
 #: Which function plans which kernel of the family's backward.
