@@ -39,7 +39,8 @@ struct Config {
     static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that products are unrolled by
     static constexpr int STAGES = PLAN_STAGES;  // of Q and dO: 2 loads a step ahead
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
-    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;  // on a large card, or twice that
+    // About twice what run on a large card.
+    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr bool SUM_DQ = PLAN_SUM_DQ;  // else attention_backward_dq computes dQ
     static constexpr bool BAND = PLAN_BAND;
@@ -474,7 +475,7 @@ struct Backward {
     }
 };
 
-// One block for every tile of keys of every key head, those that most rows of a causal mask see first.
+// One block for every tile of keys of every key head, first those that most rows of a mask see.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     attention_backward(const __grid_constant__ AttentionParams params) {
     Backward<Config> backward(params);

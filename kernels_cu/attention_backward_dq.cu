@@ -32,7 +32,8 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;  // of K and V: 2 loads a step ahead
     static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that S and dP are unrolled by
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
-    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;  // on a large card, or twice that
+    // About twice what run on a large card.
+    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr bool BAND = PLAN_BAND;
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
@@ -275,7 +276,7 @@ struct BackwardDq {
     }
 };
 
-// One block for every tile of rows of every slice and head, the longest rows of a causal mask first.
+// One block for every tile of rows of every slice and head, the rows with most keys first.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     attention_backward_dq(const __grid_constant__ AttentionParams params) {
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);

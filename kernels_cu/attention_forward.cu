@@ -31,7 +31,8 @@ struct Config {
     static constexpr int WARPS = PLAN_WARPS;
     static constexpr int STAGES = PLAN_STAGES;  // 1: K and V take turns; 2: a step ahead
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
-    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;  // on a large card, or twice that
+    // About twice what run on a large card.
+    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr int DIM_UNROLL = PLAN_DIM_UNROLL;  // steps of 16 of HEAD_DIM in Q K^T
     static constexpr int DIM_V_GROUP = PLAN_DIM_V_GROUP;  // of HEAD_DIM_V in P V: a branch
@@ -317,7 +318,7 @@ struct Forward {
     }
 };
 
-// One block for every tile of rows of every slice and head, the longest rows of a causal mask first.
+// One block for every tile of rows of every slice and head, the rows with most keys first.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER_SM)
     attention_forward(const __grid_constant__ AttentionParams params) {
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);

@@ -1,6 +1,6 @@
 // Backward attention on wgmma and TMA (sm_90a), up to head dim 128: a block of threads computes
-// TILE_N rows of dk and dv for one key head, and what these keys add to dq; or, of a short head that
-// shares its keys with no other (WHOLE_HEAD), all rows of dk and dv, one tile after another, and dq.
+// TILE_N rows of dk and dv for one key head, and what these keys add to dq; or, of a short head
+// that shares its keys with no other (WHOLE_HEAD), a tile after the other, all of dk, dv and dq.
 //
 //   for each query head of the group, for each tile of queries that sees the keys (a step):
 //       S^T = K Q^T, dP^T = V dO^T     (TILE_N x TILE_M, in registers)
@@ -17,7 +17,7 @@
 //
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers 1, 2, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S(i); issue dP(i)
-//                        with the first ones K and V        |   wait S(i); P(i)
+//                        K, V with the first, or keys_full  |   wait S(i); P(i)
 //   warps   inspectors   K, once ======== inspected ======> |   wait dP(i); dS(i)
 //   1 to 3  (BAND only)                                     |   dS(i) to shared memory
 //                                                           |      == ds_full =======> both
@@ -39,7 +39,7 @@
 //
 // WHOLE_HEAD: there are no writers, as a consumer adds its part of dQ to words of its own, and no
 // order in which blocks would have to add. dK and dV leave by way of dS, and the producer loads the
-// next K and V (keys_full) as soon as the consumers have the present ones in registers (keys_empty).
+// next K and V (keys_full) once the consumers have the present ones in registers (keys_empty).
 //
 // KEYS_IN_REGISTERS: with head dims of 64 and 64 queries a step there is room for K and V as
 // operands of S^T, dP^T and dQ^T. The products then read half as much shared memory, which is what
@@ -50,13 +50,13 @@
 // dO, the consumers take them out after S and dP, and set to NaN what sees them when the step is
 // done; where in K, they take them out in every step (or once, from registers), and add NaN to
 // dq_sum. Missing queries and keys need no inspection: TMA fills up with zeros.
-#include "hopper_backward_consumer.cuh"
+#include "hopper_backward_gradients.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
 struct Config {
     using Element = PLAN_ELEMENT;
     static constexpr int TILE_M = PLAN_TILE_M;          // queries of a step
-    static constexpr int TILE_N = PLAN_TILE_N;          // keys of a block
+    static constexpr int TILE_N = PLAN_TILE_N;          // keys of a tile
     static constexpr int HEAD_DIM = PLAN_HEAD_DIM;      // of q and k, filled up with zeros
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;  // of v and o
     static constexpr bool BAND = PLAN_BAND;
@@ -86,15 +86,17 @@ struct Config {
 
 // A consumer warpgroup: 64 keys, from the first step to their dK and dV.
 template <class Config>
-struct Consumer : BackwardConsumer<Config> {
-    using Base = BackwardConsumer<Config>;
+struct Consumer : GradientConsumer<Config> {
+    using Base = GradientConsumer<Config>;
     using typename Base::Block;
     using typename Base::Dq;
+    using typename Base::DqSums;
     using typename Base::Progress;
     using typename Base::Step;
     using typename Base::T;
     using Base::before, Base::block, Base::index, Base::score, Base::TILE_M;
-    using Base::leads, Base::release, Base::thread, Base::warp_row;
+    using Base::dk, Base::dv, Base::first_row, Base::warp_row;
+    using Base::leads, Base::load_dq, Base::pass_dq, Base::release;
     using Base::NOTHING;
 
     using Scores = float[TILE_M / 2];           // accumulators, 64 x TILE_M of the warpgroup
@@ -116,15 +118,8 @@ struct Consumer : BackwardConsumer<Config> {
     Operand<Config::HEAD_DIM_V> v_rows;
     Operand<Config::TILE_N> k_columns;
 
-    float dk[Config::HEAD_DIM / 2];
-    float dv[Config::HEAD_DIM_V / 2];
+    DEVICE Consumer(const Block& block, int index, Progress before) : Base(block, index, before) {}
 
-    DEVICE Consumer(const Block& block, int index, Progress before)
-        : Base(block, index, before), dk{}, dv{} {}
-
-    DEVICE int first_row() const {  // of this consumer in the tiles of keys
-        return 64 * index;
-    }
     // The first key and query of this lane's accumulators: value 4i + 2r + e of them belongs to
     // key + 8r and query + 8i + e.
     DEVICE int32 lane_key() const {
@@ -282,8 +277,6 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    using DqSums = float[Dq::QUERIES / 2];
-
     // dQ^T = K^T dS^T, this consumer's part; of a whole head added to what dq is.
     DEVICE void multiply_dq(DqSums& dq, int stage) const {
         const auto k = block.k_tile();
@@ -300,42 +293,6 @@ struct Consumer : BackwardConsumer<Config> {
             }
         }
         wgmma_commit();
-    }
-
-    struct alignas(16) Four {
-        float value[4];
-    };
-    static DEVICE int dq_offset(int i) {  // bytes
-        return Dq::at(Base::thread(), i) * static_cast<int>(sizeof(float));
-    }
-    // What a tile of queries of a whole head has got so far: words that no other thread touches.
-    DEVICE void load_dq(DqSums& dq, int32 tile) const {
-        if constexpr (Config::WHOLE_HEAD) {
-#pragma unroll
-            for (int i = 0; i < Dq::QUERIES / 8; ++i) {
-                const Four four = load_shared<Four>(block.dq_part(index, tile) + dq_offset(i));
-#pragma unroll
-                for (int x = 0; x < 4; ++x) dq[4 * i + x] = four.value[x];
-            }
-        }
-    }
-    DEVICE void store_dq(const DqSums& dq, int32 tile) const {
-#pragma unroll
-        for (int i = 0; i < Dq::QUERIES / 8; ++i) {
-            store_shared(block.dq_part(index, tile) + dq_offset(i),
-                         Four{dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]});
-        }
-    }
-    // Back to its place, or to the writer.
-    DEVICE void pass_dq(const DqSums& dq, int32 tile) const {
-        if constexpr (Config::WHOLE_HEAD) {
-            store_dq(dq, tile);
-        } else {
-            sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);
-            store_dq(dq, 0);
-            fence_async_shared();
-            arrive_named(Block::DQ_FULL + index, Block::DQ_THREADS);
-        }
     }
 
     // P and dS of a step, rounded, and what non-finite values were found.
@@ -446,19 +403,9 @@ struct Consumer : BackwardConsumer<Config> {
             const Step next = {0, 0, index + 1, false};
             wait_for(block.barrier(Block::DS_EMPTY + next.stage()), empty_parity(next));
         }
-        store_dv(index + 1);
+        this->store_dv(index + 1);
         wgmma_wait<0>();
         pass_dq(dq, tile);
-    }
-
-    // Of a whole head, to begin with.
-    DEVICE void clear_dq() const {
-        for (int tile = 0; tile < Block::DQ_TILES; ++tile) {
-#pragma unroll
-            for (int i = 0; i < Dq::QUERIES / 8; ++i) {
-                store_shared(block.dq_part(index, tile) + dq_offset(i), Four{});
-            }
-        }
     }
 
     // ---- non-finite values ----------------------------------------------------------------------
@@ -483,104 +430,11 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    // ---- the end --------------------------------------------------------------------------------
-
-    // This consumer's rows of dk or dv, by way of the rows of a tile from `first` on, which no one
-    // reads any more.
-    template <class Tile, int COUNT>
-    DEVICE void store(const float (&acc)[COUNT], float scale, Tile tile, int first,
-                      const TensorMap& map) const {
-        const int lane = lane_index(), row = first + warp_row() + lane % 16;
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 8) {
-            store_matrix_x4(tile.at(row, 2 * i + lane / 16 * 8),
-                            pack<T>(acc[i] * scale, acc[i + 1] * scale),
-                            pack<T>(acc[i + 2] * scale, acc[i + 3] * scale),
-                            pack<T>(acc[i + 4] * scale, acc[i + 5] * scale),
-                            pack<T>(acc[i + 6] * scale, acc[i + 7] * scale));
-        }
-        fence_async_shared();
-        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-        if (leads()) {
-            const HeadIndex head = block.key_head();
-#pragma unroll
-            for (int col = 0; col < 2 * COUNT; col += Tile::BOX_COLS) {
-                store_box(&map, box_place(head, head.head, block.first_key + first_row(), col),
-                          tile.at(first, col));
-            }
-            commit_bulk();
-        }
-    }
-
-    // Of a whole head dk and dv leave by way of this consumer's columns of dS, so that the next K
-    // and V can come meanwhile; `index` is that of the step whose dS has its place there.
-    using Columns = SwizzledTile<T, TILE_M, 64>;
-    DEVICE Columns ds_columns(uint32 index) const {
-        return {block.ds_tile(index % Block::STAGES).box(this->index)};
-    }
-    DEVICE void store_dv(uint32 index) const {
-        if constexpr (Config::WHOLE_HEAD) {
-            store(dv, 1, ds_columns(index), 0, block.maps.dv);
-        } else {
-            store(dv, 1, block.v_tile(), first_row(), block.maps.dv);
-        }
-    }
-    DEVICE void store_dk(uint32 index) const {
-        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
-        if constexpr (Config::WHOLE_HEAD) {
-            store(dk, scale, ds_columns(index), 0, block.maps.dk);
-        } else {
-            store(dk, scale, block.k_tile(), first_row(), block.maps.dk);
-        }
-    }
-
-    // All of a head's dq of one consumer, by way of what it has of Q, dO and dS: all steps are
-    // over.
-    static DEVICE void store_head_dq(const Block& block, int index) {
-        using Tile = SwizzledTile<T, Dq::QUERIES, 64>;
-        constexpr int STAGED = Block::P_OFFSET - Block::Q_OFFSET;
-        static_assert(Block::DQ_TILES * Config::CONSUMERS * Tile::BYTES <= STAGED);
-        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
-        const uint32 staged = block.q_tile(0).address + index * (Block::DQ_TILES * Tile::BYTES);
-        const int32 tiles = ceil_div(block.params.seqlen_q, TILE_M);
-        const int lane = lane_index(), warp_dim = Base::thread() / WARP * 16;
-#pragma unroll 1
-        for (int32 tile = 0; tile < tiles; ++tile) {
-            const Tile queries{staged + tile * Tile::BYTES};
-            const uint32 sums = block.dq_part(index, tile);
-            const uint32 row = queries.at(lane / 16 * 8 + lane % 8, warp_dim + lane / 8 % 2 * 8);
-#pragma unroll
-            for (int i = 0; i < Dq::QUERIES / 8; i += 2) {
-                uint32 dq[2][2];  // of 8 queries each, dims g and g + 8 of the warp
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const Four four = load_shared<Four>(sums + dq_offset(i + j));
-                    dq[j][0] = pack<T>(four.value[0] * scale, four.value[1] * scale);
-                    dq[j][1] = pack<T>(four.value[2] * scale, four.value[3] * scale);
-                }
-                store_matrix_transposed_x4(row + i * 8 * Tile::ROW_BYTES, dq[0][0], dq[0][1],
-                                           dq[1][0], dq[1][1]);
-            }
-        }
-        fence_async_shared();
-        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-        if (Base::thread() != 0) return;
-        const HeadIndex head = block.key_head();
-#pragma unroll 1
-        for (int32 tile = 0; tile < tiles; ++tile) {
-            store_box(&block.maps.dq,
-                      box_place(head, head.head, tile * TILE_M + Dq::first_query(index), 0),
-                      staged + tile * Tile::BYTES);
-        }
-        commit_bulk();
-        wait_bulk_read<0>();
-    }
-
     // Returns what is done then.
     DEVICE Progress run() {
         const TileRange tiles = block.query_tiles();
         if (before.steps == 0) clear_ds();
-        if (Config::WHOLE_HEAD && block.place.tile == 0) clear_dq();
+        if (Config::WHOLE_HEAD && block.place.tile == 0) this->clear_dq();
         const Progress done = block.for_each_step(before, [&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
@@ -588,10 +442,10 @@ struct Consumer : BackwardConsumer<Config> {
         if (done.tiles > before.tiles) {
             finish_dq(done.steps - 1, tiles.end - 1);
         } else {
-            store_dv(done.steps);
+            this->store_dv(done.steps);
         }
         this->meet_consumers();  // nobody reads K any more
-        store_dk(done.steps - 1);
+        this->store_dk(done.steps - 1);
         if (leads()) wait_bulk_read<0>();
         if constexpr (Config::WHOLE_HEAD) {
             this->meet_consumers();  // the next steps may write dS
@@ -602,7 +456,7 @@ struct Consumer : BackwardConsumer<Config> {
     }
 };
 
-// One block for every tile of keys of every key head.
+// One block for every tile of keys of every key head, or for every head.
 extern "C" __global__ void __launch_bounds__(Config::THREADS, 1)
     hopper_backward(const __grid_constant__ AttentionParams params,
                     const __grid_constant__ BackwardMaps maps) {

@@ -18,8 +18,9 @@
 
 // Config: the plan; WEIGHT_STAGES (of dS and P), DQ_PARTS; WIDE: whether P, too, goes through
 // shared memory and the consumers add dQ themselves, in the same step, or writers do, a step late;
-// and WHOLE_HEAD: whether a block computes all keys of a head, one tile after another, so that dQ,
-// of up to HEAD_ROWS queries, adds up in its shared memory, or one tile.
+// WHOLE_HEAD: whether a block computes all keys of a head, one tile after another, so that dQ, of
+// up to HEAD_ROWS queries, adds up in its shared memory, or one tile; and KEYS_IN_REGISTERS:
+// whether K and V go on to the consumers' registers.
 template <class Config>
 struct BackwardBlock {
     using T = typename Config::Element;

@@ -373,7 +373,8 @@ struct AnyConsumer {
         } else if (index < LAST) {
             return Consumer<Config, FEW + 1>(block, index, before).run();
         } else {
-            return Consumer<Config, FEW>(block, LAST, before).run();  // a constant: so addresses are uniform
+            // A constant, so that addresses are uniform.
+            return Consumer<Config, FEW>(block, LAST, before).run();
         }
     }
 };

@@ -1,4 +1,5 @@
-// dq_sum as the Hopper kernels lay it out: where the blocks of hopper_backward add up dQ.
+// dq_sum as the Hopper kernels lay it out: where the blocks of hopper_backward add up dQ, in device
+// memory, or, of a whole head, in their shared memory.
 //
 // Of a head, tiles of TILE_M rows of ROW floats follow each other (rows filled up to whole tiles).
 // A tile consists of PARTS: 64 dims of all or some of the queries, as the threads of a warpgroup

@@ -86,9 +86,8 @@ struct Item {
 };
 
 // Which items a block computes. All items are in an order in which the blocks that run at the same
-// time share keys: sections of heads whose K and V fit in L2_BYTES, and within a section the row
-// tiles of a head one after another, or, where they differ in length, the longest ones of all heads
-// first.
+// time share keys: the row tiles of a head one after another, or, where they differ in length,
+// sections of heads whose K and V fit in L2_BYTES, the longest row tiles of all of them first.
 template <class Config>
 struct Schedule {
     const AttentionParams& params;

@@ -51,7 +51,7 @@ DEVICE uint32 recompute_from(uint32 x) {
     return x;
 }
 
-// The same number, which the compiler can neither compute nor read again: it keeps it in a register.
+// The same number, which the compiler can neither compute nor read again: it stays in a register.
 DEVICE float in_register(float x) {
     return bit_cast<float>(recompute_from(bit_cast<uint32>(x)));
 }

@@ -30,30 +30,35 @@ def calls() -> None:
         return cupy.asarray(rng.standard_normal(shape, np.float32).astype(dtype))
 
     cases = [
-        # seqlen_q, seqlen_k, head_dim, head_dim_v, options
-        (130, 131, 64, 64, {"causal": True}),
-        (67, 200, 128, 128, {"window": (50, 20)}),
-        (100, 70, 59, 40, {"softcap": 2.0, "causal": True}),
-        (1100, 1100, 128, 128, {"causal": True}),
-        (40, 65, 256, 256, {}),
-        (90, 130, 128, 96, {"causal": True}),
+        # heads of q and of k and v, seqlen_q, seqlen_k, head_dim, head_dim_v, options
+        (2, 1, 130, 131, 64, 64, {"causal": True}),
+        (2, 1, 67, 200, 128, 128, {"window": (50, 20)}),
+        (2, 1, 100, 70, 59, 40, {"softcap": 2.0, "causal": True}),
+        (2, 1, 1100, 1100, 128, 128, {"causal": True}),
+        (2, 1, 40, 65, 256, 256, {}),
+        (2, 1, 90, 130, 128, 96, {"causal": True}),
+        (2, 1, 70, 100, 192, 128, {"causal": True}),
     ]
+    # As many heads as have blocks of their own.
+    sms = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    whole_heads = [(sms, sms, 130, 260, 64, 64, {"causal": True})]
     kinds = [(dtype, "portable") for dtype in (np.float16, bfloat16, np.float32, np.float64)]
     if cupy.cuda.Device().compute_capability == "90":
         kinds += [(np.float16, "hopper"), (bfloat16, "hopper")]
     for dtype, family in kinds:
-        for seqlen_q, seqlen_k, head_dim, head_dim_v, options in cases:
-            q = array(2, seqlen_q, head_dim, dtype=dtype)
-            k = array(1, seqlen_k, head_dim, dtype=dtype)
-            v = array(1, seqlen_k, head_dim_v, dtype=dtype)
-            do = array(2, seqlen_q, head_dim_v, dtype=dtype)
+        for case in cases + (whole_heads if family == "hopper" else []):
+            heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v, options = case
+            q = array(heads, seqlen_q, head_dim, dtype=dtype)
+            k = array(kv_heads, seqlen_k, head_dim, dtype=dtype)
+            v = array(kv_heads, seqlen_k, head_dim_v, dtype=dtype)
+            do = array(heads, seqlen_q, head_dim_v, dtype=dtype)
             if family == "hopper" and (head_dim * 2 % 16 or head_dim_v * 2 % 16):
                 continue
-            # initcheck does not see what TMA writes: o, dk, dv.
+            # initcheck does not see what TMA writes: o, dk, dv, and dq of whole heads.
             out, gradients_out = (None, None), (None, None, None)
             if family == "hopper":
                 out = (cupy.zeros_like(do), None)
-                gradients_out = (None, cupy.zeros_like(k), cupy.zeros_like(v))
+                gradients_out = tuple(cupy.zeros_like(x) for x in (q, k, v))
             with force_family(family):
                 o, lse = flash_cupy.attention_forward(q, k, v, out=out, **options)
                 results = [o]

@@ -114,11 +114,13 @@ def backward_plans(call: Call, deterministic: bool = False) -> dict[str, KernelP
     """The plans of a call's backward kernels by their names."""
     tensors = dict(call.tensors)
     alibi = "alibi_slopes" in tensors
-    for name, shape in hopper_backward.workspace(call.problem, alibi, deterministic).items():
+    for name, shape in hopper_backward.workspace(
+        HOPPER, call.problem, alibi, deterministic
+    ).items():
         tensors[name] = np.empty(shape, np.float32)
     return {
         kernel: hopper_backward.PLANS[kernel](HOPPER, call.problem, tensors)
-        for kernel in hopper_backward.kernels(call.problem, alibi, deterministic)
+        for kernel in hopper_backward.kernels(HOPPER, call.problem, alibi, deterministic)
     }
 
 
@@ -178,7 +180,7 @@ def test_which_calls_have_blocks_for_whole_heads(
     call = many_heads_call(*shape, **options)
     plans = backward_plans(call, deterministic)
     alibi = "alibi_slopes" in call.tensors
-    workspace = hopper_backward.workspace(call.problem, alibi, deterministic)
+    workspace = hopper_backward.workspace(HOPPER, call.problem, alibi, deterministic)
     if whole:
         assert list(plans) == ["hopper_row_dots", "hopper_backward"]
         assert list(workspace) == ["row_dots"]

@@ -274,37 +274,49 @@ def test_blocks_of_a_whole_head(whole_heads: None, both: Run, name: str) -> None
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("row", [70, 150])
 @pytest.mark.parametrize("name", ["q", "k", "do"])
-def test_nan_in_blocks_of_a_whole_head(whole_heads: None, both: Run, name: str) -> None:
-    check_nan(both, name, 64)
+def test_nan_in_blocks_of_a_whole_head(whole_heads: None, both: Run, name: str, row: int) -> None:
+    check_nan(both, name, 64, 64, row)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "do"])
+def test_nan_where_keys_are_in_registers(both: Run, name: str) -> None:
+    check_nan(both, name, 64, 64, alibi=True)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "do"])
 def test_nan_in_plans_of_long_sequences(long_plans: None, both: Run, name: str) -> None:
-    check_nan(both, name, 128)
+    check_nan(both, name, 128, 128)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("name", ["q", "k", "do"])
-def test_nan_reaches_the_gradients_of_what_sees_it(both: Run, name: str, head_dim: int) -> None:
-    check_nan(both, name, head_dim)
+def test_nan_reaches_the_gradients_of_what_sees_it(
+    both: Run, name: str, head_dims: tuple[int, int]
+) -> None:
+    check_nan(both, name, *head_dims)
 
 
-def check_nan(both: Run, name: str, head_dim: int) -> None:
-    """Spoil row 70 of an input; what has nothing to do with it is as without."""
-    case = make_case((), 1, 1, 200, 200, head_dim, head_dim, FLOAT16, seed=5, causal=True)
+def check_nan(
+    both: Run, name: str, head_dim: int, head_dim_v: int, row: int = 70, **options: Any
+) -> None:
+    """Spoil a row of an input; what has nothing to do with it is as without."""
+    dims = head_dim, head_dim_v
+    case = make_case((), 1, 1, 200, 200, *dims, FLOAT16, seed=5, causal=True, **options)
     clean = both(case, True)
     spoilt = getattr(case, name).copy()
-    spoilt[0, 70, 3] = np.inf if name == "do" else np.nan
+    spoilt[0, row, 3] = np.inf if name == "do" else np.nan
     _, _, dq, dk, dv = both(replace(case, **{name: spoilt}), True)
-    np.testing.assert_array_equal(dq[0, :70], clean[2][0, :70])
+    np.testing.assert_array_equal(dq[0, :row], clean[2][0, :row])
     if name == "k":  # all queries from there on see it, and with them all keys are spoilt
-        assert np.isnan(dq[0, 70:]).all()
+        assert np.isnan(dq[0, row:]).all()
         return
-    np.testing.assert_array_equal(dq[0, 71:], clean[2][0, 71:])
-    np.testing.assert_array_equal(dk[0, 71:], clean[3][0, 71:])
-    np.testing.assert_array_equal(dv[0, 71:], clean[4][0, 71:])
-    assert not np.isfinite((dk if name == "q" else dv)[0, :71, 3]).any()
+    behind = slice(row + 1, None)
+    np.testing.assert_array_equal(dq[0, behind], clean[2][0, behind])
+    np.testing.assert_array_equal(dk[0, behind], clean[3][0, behind])
+    np.testing.assert_array_equal(dv[0, behind], clean[4][0, behind])
+    assert not np.isfinite((dk if name == "q" else dv)[0, : row + 1, 3]).any()
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])

@@ -238,3 +238,45 @@ def test_parameters_mirror_the_struct(tmp_path: Path) -> None:
     swapped = [(name, params.ATTENTION_PARAMS.fields[name][0]) for name in names]
     swapped[-4:-2] = swapped[-3:-5:-1]  # band_low and band_high
     assert compile_with(np.dtype(swapped, align=True)).returncode != 0
+
+
+HEAD_TILES_CHECK = """
+#include <cstdio>
+#include <cstring>
+#include <algorithm>
+#include <set>
+#include <utility>
+#define __device__
+#define __forceinline__ inline
+using std::min;
+struct { unsigned x; } gridDim;
+HEADER
+int main() {
+    const uint32 tiles = 3, heads = 7;
+    gridDim.x = tiles * heads;
+    for (uint32 section = 1; section <= 9; ++section) {
+        std::set<std::pair<uint32, uint32>> taken;
+        for (uint32 i = 0, last = 0; i < tiles * heads; ++i) {
+            const HeadTile at = nth_head_tile(i, tiles, heads, section);
+            if (at.head >= heads || at.tile >= tiles || at.head / section < last) return 1;
+            last = at.head / section;  // sections one after the other
+            taken.insert({at.head, at.tile});
+        }
+        if (taken.size() != tiles * heads) return 2;
+    }
+    // Sections of two heads, which have five tiles or more.
+    const HeadTile first = head_tile_of<true, 5>(0, tiles);
+    const HeadTile second = head_tile_of<true, 5>(1, tiles);
+    if (first.head != 0 || second.head != 1 || first.tile != 0 || second.tile != 0) return 3;
+    return head_tile_of<true, 5>(6, tiles).head == 2 ? 0 : 4;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_every_tile_of_every_head_is_taken_once(tmp_path: Path) -> None:
+    source, program = tmp_path / "tiles.cpp", tmp_path / "tiles"
+    header = inline_includes("head_tiles.cuh", (kernel_folder(),))
+    source.write_text(HEAD_TILES_CHECK.replace("HEADER", header))
+    subprocess.run(["g++", "-std=c++17", "-o", str(program), str(source)], check=True)
+    assert subprocess.run([str(program)]).returncode == 0

@@ -16,7 +16,7 @@ from ..problem import Problem
 from . import hopper, hopper_backward
 from .launch import Launch, Machine, Work
 from .packing import pack_groups
-from .plan import padded_head_dim, plan_kernel, score_options
+from .plan import Card, padded_head_dim, plan_kernel, score_options
 from .tensors import (
     WIDEST_ACCESS,
     Layout,
@@ -205,8 +205,10 @@ class Call:
 
 def make_work(call: Call, deterministic: bool, machine: Machine) -> Work:
     """Plan the kernels of a call, and the workspace that they share."""
-    steps = hopper_steps if choose_family(call, machine) == "hopper" else portable_steps
-    kernels, shapes = steps(call, deterministic)
+    if choose_family(call, machine) == "hopper":
+        kernels, shapes = hopper_steps(call, deterministic, machine.card())
+    else:
+        kernels, shapes = portable_steps(call, deterministic)
     counter, real = np.dtype(np.int32), call.problem.compute_dtype
     workspace = {
         name: Layout.contiguous(shape, counter if name in COUNTERS else real)
@@ -235,13 +237,13 @@ def portable_steps(call: Call, deterministic: bool) -> Steps:
     return ("row_dots", "attention_backward", "store_dq"), {"row_dots": row_dots, "dq_sum": dq_sum}
 
 
-def hopper_steps(call: Call, deterministic: bool) -> Steps:
+def hopper_steps(call: Call, deterministic: bool, card: Card) -> Steps:
     """Return the Hopper family's."""
     problem = call.problem
     if "dq" not in call.tensors:
         return ("hopper_forward",), {"tickets": (1, 1)} if hopper.is_dynamic(problem) else {}
-    plan_of = problem, "alibi_slopes" in call.tensors, deterministic
-    return hopper_backward.kernels(*plan_of), hopper_backward.workspace(*plan_of)
+    key = card, problem, "alibi_slopes" in call.tensors, deterministic
+    return hopper_backward.kernels(*key), hopper_backward.workspace(*key)
 
 
 def choose_family(call: Call, machine: Machine) -> Family:

@@ -63,7 +63,7 @@ class HopperBackwardPlan(HopperPlan):
 
     @property
     def barriers(self) -> int:
-        """Barriers in shared memory: full and empty ones of q, do and dS; two for all."""
+        """Barriers in shared memory: full and empty ones of q, do and dS; three for all."""
         return 6 * self.stages + 3
 
     @property
@@ -143,7 +143,7 @@ class HopperBackwardWidePlan(HopperBackwardPlan):
 
     @property
     def barriers(self) -> int:
-        """Barriers in shared memory: full and empty ones of q and do; two for all."""
+        """Barriers in shared memory: full and empty ones of q and do; three for all."""
         return 4 * self.stages + 3
 
     @property
@@ -216,7 +216,7 @@ class BackwardTiles(NamedTuple):
     max_head_dim_v: int = MAX_HEAD_DIM
     head_rows: int = 0  # most queries of a head, if a block computes a whole one
 
-    def suits(self, problem: Problem, options: Mapping[str, bool]) -> bool:
+    def suits(self, problem: Problem, options: Mapping[str, bool], multiprocessors: int) -> bool:
         """Whether a call is one of those."""
         return (
             padded_head_dim(problem.head_dim) >= self.min_head_dim
@@ -224,15 +224,19 @@ class BackwardTiles(NamedTuple):
             and problem.seqlen_k >= self.min_seqlen
             and (self.alibi or not options["alibi"])
             and (self.softcap or not options["softcap"])
-            and (self.head_rows == 0 or self.suits_heads(problem))
+            and (self.head_rows == 0 or self.suits_heads(problem, multiprocessors))
         )
 
-    def suits_heads(self, problem: Problem) -> bool:
-        """Whether blocks that compute whole heads can take a call and keep the GPU busy."""
+    def suits_heads(self, problem: Problem, multiprocessors: int) -> bool:
+        """Whether blocks that compute whole heads can take a call, and keep the GPU busy."""
         heads = head_count(problem)
-        rounds = ceil_div(heads, MULTIPROCESSORS)
-        busy = heads >= LEAST_BUSY * rounds * MULTIPROCESSORS
-        return problem.group == 1 and problem.seqlen_q <= self.head_rows and busy
+        rounds = ceil_div(heads, multiprocessors)
+        return (
+            problem.group == 1
+            and problem.seqlen_q <= self.head_rows
+            and problem.seqlen_k <= MAX_HEAD_KEYS
+            and heads >= LEAST_BUSY * rounds * multiprocessors
+        )
 
 
 #: By the largest head dim; of each list the first row that suits.
@@ -259,27 +263,33 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
 #: Of Q and dO.
 STAGES = 2
 
-#: Of the GPU that the table was measured on.
-MULTIPROCESSORS = 132
-
-#: The least share of the multiprocessors that must have work where a block computes a whole head.
+#: Where a block computes a whole head: the least share of the multiprocessors that must have work,
+#: and the most keys. What it saves it saves once a head; its steps are slower than others.
 LEAST_BUSY = 0.8
+MAX_HEAD_KEYS = 1024
+
+#: Heads that keep any GPU busy.
+MANY_HEADS = 1024
 
 
-def kernels(problem: Problem, alibi: bool, deterministic: bool) -> tuple[str, ...]:
+def kernels(card: Card, problem: Problem, alibi: bool, deterministic: bool) -> tuple[str, ...]:
     """Return the kernels of a call's backward, in the order of their launches."""
-    plan = choose_plan(problem, alibi, deterministic)
+    plan = choose_plan(card, problem, alibi, deterministic)
     last = () if plan.head_rows else ("hopper_store_dq",)
     return ("hopper_row_dots", plan.kernel, *last)
 
 
 @lru_cache(MAX_PLANS)
-def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBackwardPlan:
+def choose_plan(
+    card: Card, problem: Problem, alibi: bool, deterministic: bool
+) -> HopperBackwardPlan:
     """Choose the plan of a backward call that the family can take, see `hopper.why_not`."""
     options = score_options(problem, ("alibi_slopes",) if alibi else ())
     head_dim, head_dim_v = (padded_head_dim(n) for n in (problem.head_dim, problem.head_dim_v))
     widest = max(head_dim, head_dim_v)
-    row = next(row for row in BACKWARD_TILES[widest] if row.suits(problem, options))
+    row = next(
+        row for row in BACKWARD_TILES[widest] if row.suits(problem, options, card.multiprocessors)
+    )
     options["band"] |= row.always_masked
     weight_stages = row.weight_stages
     wide = weight_stages is not None
@@ -303,9 +313,11 @@ def choose_plan(problem: Problem, alibi: bool, deterministic: bool) -> HopperBac
 
 
 @lru_cache(MAX_PLANS)
-def workspace(problem: Problem, alibi: bool, deterministic: bool) -> dict[str, tuple[int, ...]]:
+def workspace(
+    card: Card, problem: Problem, alibi: bool, deterministic: bool
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of row_dots, dq_sum and dq_turns, as needed: rows fill up whole tiles."""
-    plan = choose_plan(problem, alibi, deterministic)
+    plan = choose_plan(card, problem, alibi, deterministic)
     tiles = ceil_div(problem.seqlen_q, plan.tile_m)
     heads, rows = problem.rows_shape[:-1], tiles * plan.tile_m
     shapes = {"row_dots": (*heads, rows, 2)}
@@ -318,7 +330,7 @@ def workspace(problem: Problem, alibi: bool, deterministic: bool) -> dict[str, t
 
 def plan_backward(card: Card, problem: Problem, tensors: Mapping[str, Array]) -> HopperBackwardPlan:
     """Plan the main kernel; `tensors` are all those of the call, its workspace included."""
-    return choose_plan(problem, "alibi_slopes" in tensors, "dq_turns" in tensors)
+    return choose_plan(card, problem, "alibi_slopes" in tensors, "dq_turns" in tensors)
 
 
 def plan_row_dots(card: Card, problem: Problem, tensors: Mapping[str, Array]) -> HopperRowDotsPlan:
@@ -360,7 +372,7 @@ def lengths() -> tuple[int, ...]:
 
 def head_counts() -> tuple[int, ...]:
     """Return numbers of heads with which calls may have other plans than with one."""
-    return (MULTIPROCESSORS,)
+    return (MANY_HEADS,)
 
 
 #: Which function plans which kernel of the family's backward.
