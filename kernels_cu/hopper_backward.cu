@@ -67,6 +67,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
     static constexpr int WEIGHT_STAGES = STAGES;               // of dS
     static constexpr int DQ_PARTS = CONSUMERS;
+    static constexpr bool CONSUMERS_DIFFER = false;
     static constexpr bool WIDE = false;
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
     static constexpr bool WHOLE_HEAD = HEAD_ROWS > 0;

@@ -43,7 +43,11 @@ struct BackwardConsumer {
     }
 
     DEVICE void meet_consumers() const {
-        sync_named(Block::ALL_CONSUMERS, ALL_THREADS);
+        if constexpr (Config::CONSUMERS_DIFFER) {
+            sync_named_anywhere(Block::ALL_CONSUMERS, ALL_THREADS);
+        } else {
+            sync_named(Block::ALL_CONSUMERS, ALL_THREADS);
+        }
     }
     DEVICE void release(int empty) const {
         if (leads()) arrive_at(block.barrier(empty));

@@ -38,6 +38,7 @@ struct Config {
     static constexpr int WEIGHT_STAGES = PLAN_WEIGHT_STAGES;   // of P and dS
     static constexpr int DQ_PARTS = HEAD_DIM / 64;
     static constexpr int DV_PARTS = HEAD_DIM_V / 64;
+    static constexpr bool CONSUMERS_DIFFER = DV_PARTS % CONSUMERS != 0;  // have code of their own
     static constexpr bool WIDE = true;
     static constexpr int HEAD_ROWS = 0;  // a block computes one tile of keys
     static constexpr bool WHOLE_HEAD = false;

@@ -50,7 +50,6 @@ struct Config {
     static constexpr int HEAD_DIM = PLAN_HEAD_DIM;        // of q and k, filled up with zeros
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;    // of v and o
     static constexpr int STAGES = PLAN_STAGES;            // of K and of V
-    static constexpr int Q_STEPS = PLAN_Q_STEPS;          // of 16 columns of Q, in registers
     static constexpr bool PINGPONG = PLAN_PINGPONG;       // consumers take turns
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
     static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
@@ -63,7 +62,6 @@ struct Config {
     static constexpr bool ALIBI = PLAN_ALIBI;
 
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-    static_assert(Q_STEPS == 0 || PINGPONG, "a turn says that all warps have read Q");
     static constexpr int INSPECTORS = BAND ? 3 : 0;  // warps
 };
 
@@ -98,7 +96,6 @@ struct Consumer {
     Ring<1> q_ring;
 
     // Of an item.
-    uint32 q[Config::Q_STEPS == 0 ? 1 : Config::Q_STEPS][4];  // the first columns, as operands
     Accumulator<float> o[1][DIM_BLOCKS_V];
     uint32 p[KEY_BLOCKS][4];  // of the latest step
     OnlineSoftmax<float, 1> softmax;
@@ -125,30 +122,14 @@ struct Consumer {
         }
     }
 
-    // Columns of Q that stay in registers are not read from shared memory in every step, which the
-    // products keep nearly as busy as themselves. As many as there are registers for.
-    DEVICE void load_q() {
-        const int lane = lane_index();
-#pragma unroll
-        for (int step = 0; step < Config::Q_STEPS; ++step) {
-            load_matrix_x4(q[step], shared.q().at(row + lane % 16, 16 * step + lane / 16 * 8));
-        }
-    }
-
     // S = Q K^T
     DEVICE void multiply_q_k(Scores& s) const {
+        const auto q = shared.q();
         const auto k = shared.k(k_ring.stage);
 #pragma unroll
-        for (int step = 0; step < Config::HEAD_DIM / 16; ++step) {
-            const int d = 16 * step;
-            if (step < Config::Q_STEPS) {
-                wgmma_rs<T, Config::TILE_N, false>(registers(s[0]), q[step], k.k_major(0, d),
-                                                   step > 0);
-            } else {
-                wgmma_ss<T, Config::TILE_N, false, false>(registers(s[0]),
-                                                          shared.q().k_major(group * ROWS, d),
-                                                          k.k_major(0, d), step > 0);
-            }
+        for (int d = 0; d < Config::HEAD_DIM; d += 16) {
+            wgmma_ss<T, Config::TILE_N, false, false>(
+                registers(s[0]), q.k_major(group * ROWS, d), k.k_major(0, d), d > 0);
         }
         wgmma_commit();
     }
@@ -308,7 +289,6 @@ struct Consumer {
     DEVICE void walk_keys(const Item<Config>& item, const TileRange& tiles) {
         wait_for(shared.q_full(), q_ring.parity);
         q_ring.advance();
-        load_q();
         // Not in a uniform register, of which the products' addresses need many.
         int32 tile = recompute_from(tiles.end - 1);
         first_step(item, tile--);

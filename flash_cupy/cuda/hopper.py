@@ -117,8 +117,6 @@ class HopperForwardPlan(HopperPlan):
 
     Attributes
     ----------
-    q_steps
-        Steps of 16 columns of q that stay in registers, of all head_dim / 16.
     pingpong
         Whether consumers take turns at issuing products.
     o_over_q
@@ -133,7 +131,6 @@ class HopperForwardPlan(HopperPlan):
 
     persistent: ClassVar[bool] = True
 
-    q_steps: int
     pingpong: bool
     o_over_q: bool
     producer_registers: int
@@ -180,7 +177,6 @@ class ForwardTiles(NamedTuple):
 
     tile_n: int
     consumers: int
-    q_steps: int = 0  # of 16 columns of q that stay in registers
     stages: int = 2
     pingpong: bool = True
     band: bool = True  # with causal or window, too
@@ -200,30 +196,30 @@ class ForwardTiles(NamedTuple):
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (64, 64): [
-        ForwardTiles(128, 3, 1, stages=3, modified=False, min_seqlen=1024, l2_bytes=16 << 20),
-        ForwardTiles(128, 3, 1, stages=3, modified=False, band=False),
-        ForwardTiles(128, 2, 4, modified=False),
+        ForwardTiles(128, 3, stages=3, modified=False, min_seqlen=1024, l2_bytes=16 << 20),
+        ForwardTiles(128, 3, stages=3, modified=False, band=False),
+        ForwardTiles(128, 2, modified=False),
         ForwardTiles(96, 3, l2_bytes=16 << 20),
     ],
-    (96, 96): [ForwardTiles(144, 2, 6)],
+    (96, 96): [ForwardTiles(144, 2)],
     (128, 128): [
-        ForwardTiles(176, 2, 2, band=False, modified=False, min_seqlen=4096),
-        ForwardTiles(128, 2, 8, min_seqlen=1024),
-        ForwardTiles(128, 2, 8, band=False),
-        ForwardTiles(64, 2, 8, stages=4),
+        ForwardTiles(176, 2, band=False, modified=False, min_seqlen=4096),
+        ForwardTiles(128, 2, min_seqlen=1024),
+        ForwardTiles(128, 2, band=False),
+        ForwardTiles(64, 2, stages=4),
     ],
     (192, 128): [
-        ForwardTiles(128, 2, 8, modified=False, l2_bytes=16 << 20),
+        ForwardTiles(128, 2, modified=False, l2_bytes=16 << 20),
         ForwardTiles(112, 2, l2_bytes=16 << 20),
     ],
     (192, 192): [
-        ForwardTiles(112, 2, 4, modified=False, l2_bytes=16 << 20),
+        ForwardTiles(112, 2, modified=False, l2_bytes=16 << 20),
         ForwardTiles(96, 2, l2_bytes=16 << 20),
     ],
     (256, 256): [
-        ForwardTiles(80, 2, 4, band=False, modified=False),
+        ForwardTiles(80, 2, band=False, modified=False),
         ForwardTiles(80, 2, pingpong=False, modified=False, min_seqlen=2048, l2_bytes=32 << 20),
-        ForwardTiles(64, 2, 2, modified=False, l2_bytes=32 << 20),
+        ForwardTiles(64, 2, modified=False, l2_bytes=32 << 20),
         ForwardTiles(48, 2, l2_bytes=32 << 20),
     ],
 }
@@ -262,7 +258,6 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             tile_m=GROUP_ROWS * row.consumers,
             tile_n=row.tile_n,
             stages=row.stages,
-            q_steps=row.q_steps,
             blocks_per_sm=1,
             **options,
             pingpong=row.pingpong,

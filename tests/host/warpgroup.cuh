@@ -19,6 +19,10 @@ DEVICE void sync_named(int id, int threads, host::Place place = host::Place::her
     host::named_barrier("sync_named", id, threads, true, place);
 }
 
+DEVICE void sync_named_anywhere(int id, int threads, host::Place place = host::Place::here()) {
+    host::named_barrier("sync_named_anywhere", id, threads, true, place);
+}
+
 DEVICE void arrive_named(int id, int threads, host::Place place = host::Place::here()) {
     host::named_barrier("arrive_named", id, threads, false, place);
 }
