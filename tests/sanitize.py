@@ -41,7 +41,7 @@ def calls() -> None:
     ]
     # As many heads as have blocks of their own.
     sms = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    whole_heads = [(sms, sms, 130, 260, 64, 64, {"causal": True})]
+    whole_heads = [(sms, sms, 70, 140, 64, 64, {"causal": True})]
     kinds = [(dtype, "portable") for dtype in (np.float16, bfloat16, np.float32, np.float64)]
     if cupy.cuda.Device().compute_capability == "90":
         kinds += [(np.float16, "hopper"), (bfloat16, "hopper")]

@@ -28,6 +28,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
     "softcap": {"softcap": 20.0},
+    "softcap and alibi": {"softcap": 20.0, "alibi": True},
     "all": {"window": (40, 5), "softcap": 20.0, "alibi": True},
 }
 HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 256)]
@@ -129,6 +130,7 @@ SOME_BACKWARD = [
     (64, 64, "causal"),
     (96, 96, "full"),
     (128, 128, "causal"),
+    (128, 128, "softcap and alibi"),
     (128, 72, "full"),
     (104, 96, "softcap"),
     (192, 128, "full"),

@@ -290,7 +290,8 @@ def choose_plan(
     row = next(
         row for row in BACKWARD_TILES[widest] if row.suits(problem, options, card.multiprocessors)
     )
-    options["band"] |= row.always_masked
+    # Compiled for masks it takes fewer registers, which both modifications need.
+    options["band"] |= row.always_masked or (options["softcap"] and options["alibi"])
     weight_stages = row.weight_stages
     wide = weight_stages is not None
     plan: dict[str, Any] = dict(
