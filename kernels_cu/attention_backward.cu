@@ -39,8 +39,7 @@ struct Config {
     static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that products are unrolled by
     static constexpr int STAGES = PLAN_STAGES;  // of Q and dO: 2 loads a step ahead
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
-    // About twice what run on a large card.
-    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;
+    static constexpr uint32 AT_A_TIME = SECTION_BLOCKS * BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr bool SUM_DQ = PLAN_SUM_DQ;  // else attention_backward_dq computes dQ
     static constexpr bool BAND = PLAN_BAND;
@@ -128,7 +127,7 @@ struct Backward {
         return ceil_div(params.seqlen_k, Config::TILE_N);
     }
     DEVICE HeadTile head_tile() const {  // a key head and a tile of its keys
-        return head_tile_of<Config::BAND, Config::BLOCKS_AT_A_TIME>(recompute_from(blockIdx.x),
+        return head_tile_of<Config::BAND, Config::AT_A_TIME>(recompute_from(blockIdx.x),
                                                                     key_tiles());
     }
     DEVICE TileRange query_tiles() const {

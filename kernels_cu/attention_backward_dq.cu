@@ -32,8 +32,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;  // of K and V: 2 loads a step ahead
     static constexpr int UNROLL = PLAN_UNROLL;  // steps of 16 that S and dP are unrolled by
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
-    // About twice what run on a large card.
-    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;
+    static constexpr uint32 AT_A_TIME = SECTION_BLOCKS * BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr bool BAND = PLAN_BAND;
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
@@ -282,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const uint32 slices = ceil_div(params.head_dim, Config::DQ_COLS);
     const HeadTile place =
-        head_tile_of<Config::BAND, Config::BLOCKS_AT_A_TIME>(blockIdx.x, row_tiles);
+        head_tile_of<Config::BAND, Config::AT_A_TIME>(blockIdx.x, row_tiles);
 
     BackwardDq<Config> backward(params, row_tiles - 1 - place.tile, place.head % slices,
                                 place.head / slices);

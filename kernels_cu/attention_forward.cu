@@ -31,8 +31,7 @@ struct Config {
     static constexpr int WARPS = PLAN_WARPS;
     static constexpr int STAGES = PLAN_STAGES;  // 1: K and V take turns; 2: a step ahead
     static constexpr int BLOCKS_PER_SM = PLAN_BLOCKS_PER_SM;
-    // About twice what run on a large card.
-    static constexpr uint32 BLOCKS_AT_A_TIME = 256 * BLOCKS_PER_SM;
+    static constexpr uint32 AT_A_TIME = SECTION_BLOCKS * BLOCKS_PER_SM;
     static constexpr int ACCESS_BYTES = PLAN_ACCESS_BYTES;  // what divides all rows' addresses
     static constexpr int DIM_UNROLL = PLAN_DIM_UNROLL;  // steps of 16 of HEAD_DIM in Q K^T
     static constexpr int DIM_V_GROUP = PLAN_DIM_V_GROUP;  // of HEAD_DIM_V in P V: a branch
@@ -324,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS_PER
     const uint32 row_tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const uint32 slices = ceil_div(params.head_dim_v, Config::HEAD_DIM_V);
     const HeadTile place =
-        head_tile_of<Config::BAND, Config::BLOCKS_AT_A_TIME>(blockIdx.x, row_tiles);
+        head_tile_of<Config::BAND, Config::AT_A_TIME>(blockIdx.x, row_tiles);
     const uint32 head_index = place.head / slices;
 
     Forward<Config> forward(params, row_tiles - 1 - place.tile, place.head % slices, head_index,

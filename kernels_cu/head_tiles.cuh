@@ -19,6 +19,10 @@ DEVICE HeadTile nth_head_tile(uint32 number, uint32 tiles, uint32 heads, uint32 
     return {first + rest % wide, rest / wide};
 }
 
+// A section's tiles in the portable kernels, for each block that a multiprocessor holds: about
+// twice what run at a time on a large card.
+constexpr uint32 SECTION_BLOCKS = 256;
+
 // That of a block of this grid, which has one for each tile; AT_A_TIME: about how many blocks run.
 template <bool UNEQUAL, uint32 AT_A_TIME>
 DEVICE HeadTile head_tile_of(uint32 block, uint32 tiles) {

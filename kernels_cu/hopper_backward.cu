@@ -445,7 +445,7 @@ struct Consumer : GradientConsumer<Config> {
         } else {
             this->store_dv(done.steps);
         }
-        this->meet_consumers();  // nobody reads K any more
+        this->meet_consumers();  // nobody reads K, or dS, any more
         this->store_dk(done.steps - 1);
         if (leads()) wait_bulk_read<0>();
         if constexpr (Config::WHOLE_HEAD) {

@@ -62,7 +62,7 @@ struct BackwardBlock {
         DS_FULL = DO_EMPTY + STAGES,
         DS_EMPTY = DS_FULL + DS_STAGES,
         INSPECTED = DS_EMPTY + DS_STAGES,
-        KEYS_FULL,  // K and V, if they go on to registers
+        KEYS_FULL,   // K and V, if they go on to registers
         KEYS_EMPTY,  // of a head's tiles one after another
         BARRIERS,
     };
@@ -73,7 +73,6 @@ struct BackwardBlock {
         DQ_EMPTY = DQ_FULL + CONSUMERS,
         ONE_CONSUMER = DQ_EMPTY + CONSUMERS,
     };
-    static constexpr uint32 BLOCKS_AT_A_TIME = 128;
     static constexpr int DQ_THREADS = WARPGROUP + WARP;  // at DQ_FULL and DQ_EMPTY
 
     static constexpr int INSPECTORS = 3;  // warps
@@ -139,8 +138,9 @@ struct BackwardBlock {
     // causal mask see, or, in turns, that which adds first to its first tile of queries.
     DEVICE HeadTile place_of(uint32 block) const {
         if constexpr (Config::WHOLE_HEAD) return {block, 0};
+        constexpr uint32 AT_A_TIME = 128;
         const uint32 tiles = key_tiles();
-        HeadTile place = head_tile_of<Config::BAND, BLOCKS_AT_A_TIME>(block, tiles);
+        HeadTile place = head_tile_of<Config::BAND, AT_A_TIME>(block, tiles);
         if constexpr (Config::DETERMINISTIC) place.tile = tiles - 1 - place.tile;
         return place;
     }

@@ -27,9 +27,7 @@ struct GradientConsumer : BackwardConsumer<Config> {
 
     using DqSums = float[Dq::QUERIES / 2];
 
-    struct alignas(16) Four {
-        float value[4];
-    };
+    using Four = typename Dq::Four;
     static DEVICE int dq_offset(int i) {  // bytes
         return Dq::at(Base::thread(), i) * static_cast<int>(sizeof(float));
     }
@@ -139,18 +137,8 @@ struct GradientConsumer : BackwardConsumer<Config> {
             const Tile queries{staged + tile * Tile::BYTES};
             const uint32 sums = block.dq_part(index, tile);
             const uint32 row = queries.at(lane / 16 * 8 + lane % 8, warp_dim + lane / 8 % 2 * 8);
-#pragma unroll
-            for (int i = 0; i < Dq::QUERIES / 8; i += 2) {
-                uint32 dq[2][2];  // of 8 queries each, dims g and g + 8 of the warp
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const Four four = load_shared<Four>(sums + dq_offset(i + j));
-                    dq[j][0] = pack<T>(four.value[0] * scale, four.value[1] * scale);
-                    dq[j][1] = pack<T>(four.value[2] * scale, four.value[3] * scale);
-                }
-                store_matrix_transposed_x4(row + i * 8 * Tile::ROW_BYTES, dq[0][0], dq[0][1],
-                                           dq[1][0], dq[1][1]);
-            }
+            Dq::template store_rounded<T, Tile::ROW_BYTES>(
+                row, scale, [&](int i) { return load_shared<Four>(sums + dq_offset(i)); });
         }
         fence_async_shared();
         sync_named(Block::ONE_CONSUMER + index, WARPGROUP);

@@ -36,7 +36,29 @@ struct DqTile {
         return part / DIM_PARTS * QUERIES;
     }
     // Where a thread of the warpgroup has its four floats of queries 8i..8i + 7 in the part.
+    struct alignas(16) Four {
+        float value[4];
+    };
     static DEVICE int at(int thread, int i) {
         return (i * WARPGROUP + thread) * 4;
+    }
+
+    // A part scaled and rounded to T, to rows of shared memory, one for each query: `row` is the
+    // address in them that the lane gives to store_matrix_transposed_x4; load(i) returns the
+    // thread's Four.
+    template <class T, int ROW_BYTES, class Load>
+    static DEVICE void store_rounded(uint32 row, float scale, Load load) {
+#pragma unroll
+        for (int i = 0; i < QUERIES / 8; i += 2) {
+            uint32 dq[2][2];  // of 8 queries each, dims g and g + 8 of the warp
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const Four four = load(i + j);
+                dq[j][0] = pack<T>(four.value[0] * scale, four.value[1] * scale);
+                dq[j][1] = pack<T>(four.value[2] * scale, four.value[3] * scale);
+            }
+            store_matrix_transposed_x4(row + i * 8 * ROW_BYTES, dq[0][0], dq[0][1], dq[1][0],
+                                       dq[1][1]);
+        }
     }
 };

@@ -25,9 +25,6 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
     hopper_store_dq(const __grid_constant__ AttentionParams params) {
     using T = Config::Element;
     using Dq = DqTile<Config::TILE_M, Config::DQ_PARTS, Config::HEAD_DIM>;
-    struct alignas(16) Four {
-        float value[4];
-    };
     const uint32 tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const HeadIndex index(params, blockIdx.x / tiles, params.heads);
     const int32 first_row = blockIdx.x % tiles * Config::TILE_M;
@@ -40,18 +37,9 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
                               first_row * params.dq_sum.row + part * Dq::PART;
     const uint32 row = tile.at(Dq::first_query(part) + lane / 16 * 8 + lane % 8,
                                Dq::first_dim(part) + thread / WARP * 16 + lane / 8 % 2 * 8);
-#pragma unroll
-    for (int i = 0; i < Dq::QUERIES / 8; i += 2) {
-        uint32 dq[2][2];  // of 8 queries each, dims g and g + 8 of the warp
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const Four four = *reinterpret_cast<const Four*>(sums + Dq::at(thread, i + j));
-            dq[j][0] = pack<T>(four.value[0] * scale, four.value[1] * scale);
-            dq[j][1] = pack<T>(four.value[2] * scale, four.value[3] * scale);
-        }
-        store_matrix_transposed_x4(row + i * 8 * tile.ROW_BYTES, dq[0][0], dq[0][1], dq[1][0],
-                                   dq[1][1]);
-    }
+    Dq::template store_rounded<T, tile.ROW_BYTES>(row, scale, [&](int i) {
+        return *reinterpret_cast<const Dq::Four*>(sums + Dq::at(thread, i));
+    });
     __syncthreads();
     copy_to_global<Config::THREADS, Config::ACCESS_BYTES>(
         tile, head_data<T>(params.dq, index, index.head) + first_row * params.dq.row,

@@ -18,7 +18,7 @@ struct Tensor {
 };
 
 // What scores are multiplied by. In both precisions, so that kernels which compute in float leave
-// the double pipe alone: it sleeps, and its first result takes hundreds of cycles.
+// the double pipe alone, which takes hundreds of cycles to answer.
 template <class Real>
 struct Scalars {
     Real scale;    // of q . k

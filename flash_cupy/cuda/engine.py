@@ -242,8 +242,8 @@ def hopper_steps(call: Call, deterministic: bool, card: Card) -> Steps:
     problem = call.problem
     if "dq" not in call.tensors:
         return ("hopper_forward",), {"tickets": (1, 1)} if hopper.is_dynamic(problem) else {}
-    key = card, problem, "alibi_slopes" in call.tensors, deterministic
-    return hopper_backward.kernels(*key), hopper_backward.workspace(*key)
+    choice = card, problem, "alibi_slopes" in call.tensors, deterministic
+    return hopper_backward.kernels(*choice), hopper_backward.workspace(*choice)
 
 
 def choose_family(call: Call, machine: Machine) -> Family:

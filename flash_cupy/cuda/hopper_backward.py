@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 from ..arrays import Array
-from ..problem import Problem
+from ..problem import MAX_GPU_HEAD_DIM, Problem
 from .hopper import BARRIER_BYTES, GROUP_ROWS, SWIZZLE_ALIGNMENT, HopperPlan
 from .params import BATCH_AXES
 from .plan import Card, KernelPlan, ceil_div, head_count, row_bytes, score_options
@@ -17,9 +17,6 @@ from .tensors import WIDEST_ACCESS, access_bytes
 
 #: Bytes of an element of L, D and of the sums.
 SUM_BYTES = 4
-
-#: The largest of the family.
-MAX_HEAD_DIM = 256
 
 #: Calls whose plans are remembered.
 MAX_PLANS = 4096
@@ -213,7 +210,7 @@ class BackwardTiles(NamedTuple):
     always_masked: bool = False  # compiled for masks, with or without: it takes fewer registers
     min_head_dim: int = 0  # of q and k
     min_seqlen: int = 0  # of keys
-    max_head_dim_v: int = MAX_HEAD_DIM
+    max_head_dim_v: int = MAX_GPU_HEAD_DIM
     head_rows: int = 0  # most queries of a head, if a block computes a whole one
 
     def suits(self, problem: Problem, options: Mapping[str, bool], multiprocessors: int) -> bool:
