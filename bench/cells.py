@@ -155,7 +155,7 @@ class Preset:
         return list(dict.fromkeys(cell for grid in self.grids for cell in grid.cells()))
 
 
-_FUSED = ("torch cuDNN", "torch flash")
+_FUSED = ("torch cuDNN", "torch flash", "flash-attn-4")
 _FLOAT32 = ("float32", "tf32")
 _DOUBLING = tuple(2**n for n in range(10, 18))
 

@@ -272,12 +272,57 @@ TORCH_BACKENDS = {
 }
 
 
-class Torch(Competitor):
-    """A backend of PyTorch's scaled_dot_product_attention, on the same (null) stream as CuPy."""
+class TorchPeer(Competitor):
+    """An attention of PyTorch's tensors and gradients, on the same (null) stream as CuPy."""
+
+    def __init__(self, xp: Any, torch: Any) -> None:
+        super().__init__(xp)
+        self.torch = torch
+
+    @abstractmethod
+    def attend(self, cell: Cell, q: Any, k: Any, v: Any) -> Any:
+        """Compute o, with a gradient."""
+
+    def forward(self, x: Inputs, cell: Cell) -> Any:
+        """Compute o without what a backward pass needs."""
+        return self.attend(cell, x.q, x.k, x.v)
+
+    def vjp(self, x: Inputs, cell: Cell) -> tuple[Any, Callable[[], tuple[Any, ...]]]:
+        """Compute o and the graph to it, which stays for any number of backward passes."""
+        torch = self.torch
+        torch.use_deterministic_algorithms(cell.direction == "deterministic")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        leaves = tuple(tensor.detach().requires_grad_() for tensor in (x.q, x.k, x.v))
+        o = self.attend(cell, *leaves)
+        return o, lambda: torch.autograd.grad(o, leaves, x.do, retain_graph=True)
+
+    def inputs(self, x: Inputs) -> Inputs:
+        """Share the arrays' memory."""
+        return Inputs(*map(self.torch.from_dlpack, x))
+
+    def array(self, result: Any) -> Array:
+        """Share the tensor's memory."""
+        return self.xp.from_dlpack(result.detach())
+
+    def peak_bytes(self, call: Call) -> int:
+        """Ask PyTorch's own pool."""
+        cuda = self.torch.cuda
+        cuda.reset_peak_memory_stats()
+        before = cuda.memory_allocated()
+        call()
+        return int(cuda.max_memory_allocated() - before)
+
+    def release(self) -> None:
+        """Empty PyTorch's own pool."""
+        self.torch.cuda.empty_cache()
+
+
+class Torch(TorchPeer):
+    """A backend of PyTorch's scaled_dot_product_attention."""
 
     def __init__(self, xp: Any, torch: Any, backend: str) -> None:
-        super().__init__(xp)
-        self.torch, self.backend = torch, backend
+        super().__init__(xp, torch)
+        self.backend = backend
         self.name, self.dtypes, self.lacks, self.apart = TORCH_BACKENDS[backend]
 
     def takes(self, cell: Cell) -> bool:
@@ -317,42 +362,35 @@ class Torch(Competitor):
         )
         return o.transpose(1, 2)
 
-    def forward(self, x: Inputs, cell: Cell) -> Any:
-        """Compute o without what a backward pass needs."""
-        return self.attend(cell, x.q, x.k, x.v)
 
-    def vjp(self, x: Inputs, cell: Cell) -> tuple[Any, Callable[[], tuple[Any, ...]]]:
-        """Compute o and the graph to it, which stays for any number of backward passes."""
-        torch = self.torch
-        torch.use_deterministic_algorithms(cell.direction == "deterministic")
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        leaves = tuple(tensor.detach().requires_grad_() for tensor in (x.q, x.k, x.v))
-        o = self.attend(cell, *leaves)
-        return o, lambda: torch.autograd.grad(o, leaves, x.do, retain_graph=True)
+class FlashAttention4(TorchPeer):
+    """The package flash-attn-4: attention for Hopper and Blackwell in CUTLASS' Python language."""
 
-    def inputs(self, x: Inputs) -> Inputs:
-        """Share the arrays' memory."""
-        return Inputs(*map(self.torch.from_dlpack, x))
+    name = "flash-attn-4"
 
-    def array(self, result: Any) -> Array:
-        """Share the tensor's memory."""
-        return self.xp.from_dlpack(result.detach())
+    def __init__(self, xp: Any, torch: Any, attention: Callable[..., Any]) -> None:
+        super().__init__(xp, torch)
+        self.attention = attention
 
-    def peak_bytes(self, call: Call) -> int:
-        """Ask PyTorch's own pool."""
-        cuda = self.torch.cuda
-        cuda.reset_peak_memory_stats()
-        before = cuda.memory_allocated()
-        call()
-        return int(cuda.max_memory_allocated() - before)
+    def takes(self, cell: Cell) -> bool:
+        """Only 16-bit types."""
+        return DTYPES[cell.dtype] in _HALF and super().takes(cell)
 
-    def release(self) -> None:
-        """Empty PyTorch's own pool."""
-        self.torch.cuda.empty_cache()
+    def attend(self, cell: Cell, q: Any, k: Any, v: Any) -> Any:
+        """Compute o; its arrays are (batch, seqlen, heads, features)."""
+        window = (None, None) if cell.window is None else cell.visible["window"]
+        result = self.attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            causal=cell.causal and cell.window is None,
+            window_size=window,
+            deterministic=cell.direction == "deterministic",
+        )
+        o = result[0] if isinstance(result, tuple) else result  # its log-sum-exp, or None, follows
+        return o.transpose(1, 2)
 
 
 def torch_peers(xp: Any) -> list[Competitor]:
-    """Return the backends of PyTorch, none where it is not installed or sees no GPU."""
+    """Return what computes with PyTorch, none where it is not installed or sees no GPU."""
     try:
         import torch
         import torch.nn.attention
@@ -361,7 +399,17 @@ def torch_peers(xp: Any) -> list[Competitor]:
     if not torch.cuda.is_available():
         return []
     known = dir(torch.nn.attention.SDPBackend)
-    return [Torch(xp, torch, backend) for backend in TORCH_BACKENDS if backend in known]
+    backends = [Torch(xp, torch, backend) for backend in TORCH_BACKENDS if backend in known]
+    return [*backends, *flash_attention_4(xp, torch)]
+
+
+def flash_attention_4(xp: Any, torch: Any) -> list[Competitor]:
+    """Return the package flash-attn-4, if it is installed."""
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError:
+        return []
+    return [FlashAttention4(xp, torch, flash_attn_func)]
 
 
 def competitors(xp: Any) -> list[Competitor]:

@@ -19,6 +19,7 @@ COLOURS = {
     "default backward": "tab:gray",
     "torch cuDNN": "tab:green",
     "torch flash": "tab:blue",
+    "flash-attn-4": "tab:cyan",
     "torch efficient": "tab:purple",
     "torch math": "tab:orange",
     "dense": "tab:red",

@@ -426,6 +426,42 @@ def test_torch_flash_has_the_window_from_the_operator_under_it() -> None:
     np.testing.assert_allclose(o.array, peers.Ours(np).forward(x, cell), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("returns_lse", [False, True])
+@pytest.mark.parametrize("case", [{}, {"mask": "causal"}, {"mask": "causal", "window": 9}], ids=str)
+def test_flash_attention_4_agrees(case: dict[str, Any], returns_lse: bool) -> None:
+    """Its arrays are (batch, seqlen, heads, features), its windows have None for no limit."""
+
+    def flash_attn_func(
+        q: FakeTensor,
+        k: FakeTensor,
+        v: FakeTensor,
+        causal: bool,
+        window_size: tuple[int | None, int | None],
+        deterministic: bool,
+    ) -> Any:
+        assert not deterministic
+        arrays = (x.transpose(1, 2).array for x in (q, k, v))
+        o = flash_cupy.dense_attention(*arrays, causal=causal, window=window_size, device="cpu")
+        o = FakeTensor(o).transpose(1, 2)
+        return (o, None) if returns_lse else o
+
+    cell = replace(CELL, heads=6, kv_heads=2, **case)
+    x = peers.random_inputs(cell, np)
+    peer = peers.FlashAttention4(np, None, flash_attn_func)
+    assert peer.takes(replace(cell, dtype="bfloat16")) and not peer.takes(cell)
+    o = peer.attend(cell, *map(FakeTensor, x[:3]))
+    np.testing.assert_allclose(o.array, peers.Ours(np).forward(x, cell), rtol=1e-5, atol=1e-6)
+
+
+def test_flash_attention_4_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = SimpleNamespace(flash_attn_func=len)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=package))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", package)
+    assert [peer.attention for peer in peers.flash_attention_4(np, None)] == [len]
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    assert peers.flash_attention_4(np, None) == []
+
+
 def test_outliers_are_few_and_large() -> None:
     cell = replace(CELL, seqlen=4000, batch=1, dtype="float64")
     usual = peers.random_inputs(replace(cell, head_dim=1), np)
@@ -457,7 +493,7 @@ def test_torch_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_competitor_has_a_colour() -> None:
     present = [*peers.competitors(np), peers.Dense(np), peers.OursPortable(np)]
     names = {peer.name for peer in present}
-    names |= {name for name, *_ in peers.TORCH_BACKENDS.values()}
+    names |= {name for name, *_ in peers.TORCH_BACKENDS.values()} | {peers.FlashAttention4.name}
     assert names == set(pictures.COLOURS)
 
 
@@ -585,7 +621,12 @@ def test_program_with_a_variant(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_presets_name_peers_that_there_are() -> None:
     names = {name for preset in PRESETS.values() for name in preset.peers or ()}
     assert names <= set(pictures.COLOURS)
-    assert PRESETS["peers"].peers == ("torch cuDNN", "torch flash", "flash_cupy portable")
+    assert PRESETS["peers"].peers == (
+        "torch cuDNN",
+        "torch flash",
+        "flash-attn-4",
+        "flash_cupy portable",
+    )
 
 
 def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
