@@ -69,6 +69,7 @@ struct Config {
     static constexpr int DQ_PARTS = CONSUMERS;
     static constexpr bool CONSUMERS_DIFFER = false;
     static constexpr bool WIDE = false;
+    static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
     static constexpr bool WHOLE_HEAD = HEAD_ROWS > 0;
     static constexpr bool KEYS_IN_REGISTERS =
@@ -110,6 +111,9 @@ struct Consumer : GradientConsumer<Config> {
     };
     using Terms = Two[TILE_M / 8];
     static constexpr bool EARLY_TERMS = Config::KEYS_IN_REGISTERS;
+    // Whether a step's product for dV is issued before dS is stored, or behind that.
+    static constexpr bool DV_FIRST =
+        !Config::EARLY_EXPONENTIALS && Config::HEAD_DIM > 64 && TILE_M == 64;
 
     // Operands that stay in registers where there is room for them: products then read less shared
     // memory, which is what bounds them. This consumer's rows of K and V, and its dims of K^T.
@@ -119,7 +123,18 @@ struct Consumer : GradientConsumer<Config> {
     Operand<Config::HEAD_DIM_V> v_rows;
     Operand<Config::TILE_N> k_columns;
 
-    DEVICE Consumer(const Block& block, int index, Progress before) : Base(block, index, before) {}
+    // Where this lane stores dS, in the first stage, if there is a register to keep it.
+    static constexpr bool KEEPS_DS_ROW =
+        !Config::KEYS_IN_REGISTERS && !(Config::BAND && TILE_M == 128);
+    const uint32 ds_row;
+
+    DEVICE Consumer(const Block& block, int index, Progress before)
+        : Base(block, index, before), ds_row(recompute_from(find_ds_row(lane_index()))) {}
+
+    DEVICE uint32 find_ds_row(int lane) const {
+        return block.ds_tile(0).at(lane / 16 * 8 + lane % 8,
+                                   first_row() + warp_row() + lane / 8 % 2 * 8);
+    }
 
     // The first key and query of this lane's accumulators: value 4i + 2r + e of them belongs to
     // key + 8r and query + 8i + e.
@@ -244,16 +259,33 @@ struct Consumer : GradientConsumer<Config> {
         }
     }
 
-    // Zeros where a query does not see a key, or one of them does not exist.
-    DEVICE void mask(Scores& values, const Step& step) const {
+    // Which of a lane's queries, in the order of its accumulators, see its key + 8r: a bit for each.
+    DEVICE uint32 seen(const Step& step, int r) const {
+        const auto rows = score.rows(lane_key() + 8 * r);
         const int32 start = lane_query(step.tile);
+        return column_bits(rows.first - start, rows.last - start);
+    }
+    // `masked` where a query does not see a key, or one of them does not exist.
+    DEVICE void mask(Scores& values, const Step& step, float masked) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const auto rows = score.rows(lane_key() + 8 * r);
-            const uint32 seen = column_bits(rows.first - start, rows.last - start);
+            const uint32 seen = this->seen(step, r);
 #pragma unroll
             for (int j = 0; j < TILE_M / 4; ++j) {
-                if (!(seen & 1u << j)) values[j / 2 * 4 + 2 * r + j % 2] = 0;
+                if (!(seen & 1u << j)) values[j / 2 * 4 + 2 * r + j % 2] = masked;
+            }
+        }
+    }
+    // The same with zeros in rounded values.
+    DEVICE void mask(Weights& pairs, const Step& step) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint32 seen = this->seen(step, r);
+#pragma unroll
+            for (int j = 0; j < TILE_M / 8; ++j) {
+                uint32& pair = pairs[j / 2][j % 2 * 2 + r];
+                if (!(seen & 1u << 2 * j)) pair &= 0xffff0000;
+                if (!(seen & 2u << 2 * j)) pair &= 0xffff;
             }
         }
     }
@@ -267,13 +299,11 @@ struct Consumer : GradientConsumer<Config> {
 
     // dS^T of this consumer to its columns of dS.
     DEVICE void store_ds(const Weights& ds, int stage) const {
-        const int lane = recompute_from(lane_index());
-        const auto tile = block.ds_tile(stage);
-        const uint32 row = tile.at(lane / 16 * 8 + lane % 8,
-                                   first_row() + warp_row() + lane / 8 % 2 * 8);
+        const uint32 row = (KEEPS_DS_ROW ? ds_row : find_ds_row(recompute_from(lane_index()))) +
+                           stage * Block::DsTile::BYTES;
 #pragma unroll
         for (int k = 0; k < TILE_M / 16; ++k) {
-            store_matrix_transposed_x4(row + 16 * k * tile.ROW_BYTES, ds[k][0], ds[k][1],
+            store_matrix_transposed_x4(row + 16 * k * Block::DsTile::ROW_BYTES, ds[k][0], ds[k][1],
                                        ds[k][2], ds[k][3]);
         }
     }
@@ -314,22 +344,66 @@ struct Consumer : GradientConsumer<Config> {
             multiply_rows(dp, block.v_tile(), first_row(), block.do_tile(step.stage()),
                           Config::HEAD_DIM_V);
         }
+        bool in_queries;
+        if constexpr (Config::EARLY_EXPONENTIALS) {
+            in_queries = exponentiate_early(s, dp, p, ds, step);
+        } else {
+            in_queries = exponentiate_late(s, dp, p, ds, step);
+        }
+        return remove_nonfinite(step, in_queries);
+    }
+
+    // From S and dP to P and dS, rounded; returns whether masks hide non-finite queries. The
+    // exponentials while the product for dP runs:
+    DEVICE bool exponentiate_early(Scores& s, Scores& dp, Weights& p, Weights& ds,
+                                   const Step& step) const {
         const bool partial = block.is_partial(step.tile);
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
         wgmma_wait<Config::SOFTCAP ? 0 : 1>();
         exponentiate(s, dp, lse, step);
         // This branch also keeps the compiler from moving the exponentials behind the wait for dP.
-        if (partial) mask(s, step);
+        if (partial) mask(s, step, 0);
         round(p, s);
         load_early(dot, step.stage(), sizeof(Two));
         wgmma_wait<0>();
         differentiate(s, dp, dot, step);
-        if (partial) mask(dp, step);  // P = 0 does not suffice where D is not finite
+        if (partial) mask(dp, step, 0);  // P = 0 does not suffice where D is not finite
         round(ds, dp);
+        return Config::BAND && partial && this->queries_nonfinite(step);
+    }
+
+    // The same behind both products. What is out of sight is masked before that, so that, without a
+    // band, no branch keeps the compiler from computing dS beside the product for dV.
+    DEVICE bool exponentiate_late(Scores& s, Scores& dp, Weights& p, Weights& ds,
+                                  const Step& step) const {
+        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
+        const bool partial = block.is_partial(step.tile);
+        const bool in_queries = Config::BAND && partial && this->queries_nonfinite(step);
+        Terms lse, dot;
+        load_early(lse, step.stage(), 0);
+        wgmma_wait<0>();
+        if (partial) {
+            if (!MODIFIES) mask(s, step, -infinity<float>());
+            mask(dp, step, 0);
+        }
+        exponentiate(s, dp, lse, step);
+        if (MODIFIES && partial) mask(s, step, 0);
+        round(p, s);
+        load_early(dot, step.stage(), sizeof(Two));
+        differentiate(s, dp, dot, step);
+        round(ds, dp);
+        if (in_queries) {  // lse or D is not finite: its exponential, or product with P = 0, is NaN
+            mask(p, step);
+            mask(ds, step);
+        }
+        return in_queries;
+    }
+
+    DEVICE uint32 remove_nonfinite(const Step& step, bool in_queries) {
         uint32 found = NOTHING;
-        if (partial || step.first || this->found_in_keys) {
-            found = this->remove_nonfinite(step, partial);
+        if (in_queries || step.first || this->found_in_keys) {
+            found = Base::remove_nonfinite(step, in_queries);
             if (Config::KEYS_IN_REGISTERS && step.first && found & Base::IN_KEYS) clean_k_columns();
         }
         return recompute_from(found);  // no second copy of all that follows
@@ -349,34 +423,72 @@ struct Consumer : GradientConsumer<Config> {
         multiply_dq(dq, step.stage());
     }
 
+    // dS of a step to all consumers, once they have read what was in its place.
+    DEVICE void pass_ds(const Weights& ds, const Step& step) const {
+        wait_for(block.barrier(Block::DS_EMPTY + step.stage()), empty_parity(step));
+        store_ds(ds, step.stage());
+        fence_async_shared();
+        __syncwarp();
+        if (lane_index() == 0) arrive_at(block.barrier(Block::DS_FULL + step.stage()));
+    }
+    // The tile of the step before, if there is one.
+    static DEVICE int32 tile_before(const Step& step) {
+        return step.tile - (step.first ? 0 : 1);
+    }
+
     DEVICE void compute(const Step& step) {
         const int stage = step.stage();
         Weights p, ds;
         const uint32 found = compute_weights(p, ds, step);
         DqSums dq;
-        const int32 tile_before = step.tile - (step.first ? 0 : 1);
-        load_dq(dq, tile_before);
-        wait_for(block.barrier(Block::DS_EMPTY + stage), empty_parity(step));
-        store_ds(ds, stage);
-        fence_async_shared();
-        __syncwarp();
-        if (lane_index() == 0) arrive_at(block.barrier(Block::DS_FULL + stage));
-
+        load_dq(dq, tile_before(step));
+        if constexpr (!DV_FIRST) pass_ds(ds, step);
         wgmma_fence();
         add_weighted_rows(dv, p, block.do_tile(stage));
+        if constexpr (DV_FIRST) pass_ds(ds, step);
         multiply_late_dq(dq, step.index - 1);
         wgmma_wait<1>();
         release(Block::DO_EMPTY + stage);
         add_weighted_rows(dk, ds, block.q_tile(stage));
         wgmma_wait<1>();
         release(Block::DS_EMPTY + (stage ^ 1));
-        if (!step.first) pass_dq(dq, tile_before);
+        if (!step.first) pass_dq(dq, tile_before(step));
         wgmma_wait<0>();
         this->release_q(stage);
+        end_step(step, found, [&] { spread_nonfinite_queries(step); });
+    }
+    template <class SpreadQueries>
+    DEVICE void end_step(const Step& step, uint32 found, SpreadQueries spread_queries) {
         if (Config::WHOLE_HEAD && step.first) arrive_at(block.barrier(Block::KEYS_EMPTY));
-        if (Config::BAND && found) {
-            this->spread_nonfinite(step, found, [&] { spread_nonfinite_queries(step); });
-        }
+        if (Config::BAND && found) this->spread_nonfinite(step, found, spread_queries);
+    }
+
+    // Whether no query of a step sees a key of this consumer, as in half of the first steps under a
+    // causal mask.
+    DEVICE bool sees_nothing(const Step& step) const {
+        if (!Config::BAND || TILE_M != 64) return false;
+        const int32 key = block.first_key + first_row(), query = step.tile * TILE_M;
+        return key >= block.params.seqlen_k || key > query + TILE_M - 1 + score.band.high ||
+               key + 63 < query + score.band.low;
+    }
+    // Such a step: P and dS are zero, what there is to compute is dQ of the step before.
+    DEVICE void skip_products(const Step& step) {
+        const int stage = step.stage();
+        wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
+        if (Config::KEYS_IN_REGISTERS && step.first) load_keys();
+        wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
+        const bool in_queries = Config::BAND && this->queries_nonfinite(step);
+        const uint32 found = remove_nonfinite(step, in_queries);
+        DqSums dq;
+        load_dq(dq, tile_before(step));
+        pass_ds({}, step);
+        multiply_late_dq(dq, step.index - 1);
+        wgmma_wait<0>();
+        release(Block::DO_EMPTY + stage);
+        release(Block::DS_EMPTY + (stage ^ 1));
+        if (!step.first) pass_dq(dq, tile_before(step));
+        this->release_q(stage);
+        end_step(step, found, [] {});
     }
 
     // What the first step takes for the dS before it. Its dQ is thrown away, so that any numbers
@@ -438,7 +550,11 @@ struct Consumer : GradientConsumer<Config> {
         if (Config::WHOLE_HEAD && block.place.tile == 0) this->clear_dq();
         const Progress done = block.for_each_step(before, [&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
-            compute(step);
+            if (sees_nothing(step)) {
+                skip_products(step);
+            } else {
+                compute(step);
+            }
         });
         if (done.tiles > before.tiles) {
             finish_dq(done.steps - 1, tiles.end - 1);

@@ -63,17 +63,17 @@ struct BackwardConsumer {
         }
     }
 
-    // What non-finite values are taken out in a step: those of Q and dO if it is partial, those of
-    // K in every step, as its tile serves all of them, or, where it stands in registers, once from
-    // those for dQ.
+    // What non-finite values are taken out in a step: those of Q and dO (in_queries) if it is
+    // partial, those of K in every step, as its tile serves all of them, or, where it stands in
+    // registers, once from those for dQ.
     enum Found : uint32 { NOTHING = 0, IN_QUERIES = 1, IN_KEYS = 2 };
 
     // After S and dP.
-    DEVICE uint32 remove_nonfinite(const Step& step, bool partial) {
+    DEVICE uint32 remove_nonfinite(const Step& step, bool in_queries) {
         if (!Config::BAND) return NOTHING;
         if (step.first) found_in_keys = keys_nonfinite() ? IN_KEYS : NOTHING;
         uint32 found = found_in_keys;
-        if (partial && queries_nonfinite(step)) found |= IN_QUERIES;
+        if (in_queries) found |= IN_QUERIES;
         if (found == NOTHING) return found;
         meet_consumers();  // all have S and dP
         if (found & IN_QUERIES) {
@@ -115,7 +115,7 @@ struct BackwardConsumer {
                 found |= has_nonfinite<T>(load_shared<Chunk>(q.address + i));
             }
         }
-#pragma unroll 1
+#pragma unroll
         for (int i = lane_index(); i < TILE_M / 2; i += WARP) {
             const auto terms = load_shared<typename Block::Terms>(
                 block.terms(step.stage()) + i * static_cast<int>(sizeof(typename Block::Terms)));

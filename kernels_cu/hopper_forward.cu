@@ -61,6 +61,9 @@ struct Config {
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
     static constexpr bool ALIBI = PLAN_ALIBI;
 
+    // Whether O is rescaled a step late, under the next S, or at the end of the step.
+    static constexpr bool RESCALE_UNDER_S = HEAD_DIM_V > 192;
+
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     static constexpr int INSPECTORS = BAND ? 3 : 0;  // warps
 };
@@ -94,10 +97,12 @@ struct Consumer {
 
     Ring<Config::STAGES> k_ring, v_ring;
     Ring<1> q_ring;
+    uint32 inspected_parities = 0;  // of the next phase of each stage's barrier, a bit for each
 
     // Of an item.
     Accumulator<float> o[1][DIM_BLOCKS_V];
     uint32 p[KEY_BLOCKS][4];  // of the latest step
+    float rescale[1][2];      // what O, without this P, is to be multiplied by
     OnlineSoftmax<float, 1> softmax;
     uint32 nonfinite;  // whether the inspectors found anything, known to the leader
 
@@ -147,18 +152,19 @@ struct Consumer {
 
     DEVICE void wait_for_v(const Item<Config>& item, int32 tile) {
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
-        if constexpr (Config::BAND) {
-            // Full tiles are not inspected, but a phase that nobody waits for would be an error.
-            wait_for(shared.inspected(v_ring.stage), v_ring.parity);
-            if (!item.tiles.is_full(tile)) {
-                // The leader's release lets the inspectors write these words again, so no other
-                // thread reads them.
+        if (!Config::BAND || item.tiles.is_full(tile)) return;
+        wait_for_inspectors();
+        // The leader's release lets the inspectors write these words again, so no other thread
+        // reads them.
 #pragma unroll
-                for (int i = 0; i < Config::INSPECTORS; ++i) {
-                    if (leader) nonfinite |= load_shared<uint32>(shared.found(v_ring.stage, i));
-                }
-            }
+        for (int i = 0; i < Config::INSPECTORS; ++i) {
+            if (leader) nonfinite |= load_shared<uint32>(shared.found(v_ring.stage, i));
         }
+    }
+    // Of each partial tile of the item once, also of those that only other consumers' rows see.
+    DEVICE void wait_for_inspectors() {
+        wait_for(shared.inspected(v_ring.stage), inspected_parities >> v_ring.stage & 1);
+        inspected_parities ^= 1u << v_ring.stage;
     }
 
     // Softcap and ALiBi.
@@ -194,10 +200,9 @@ struct Consumer {
         }
     }
 
-    // S to P, still as floats, and `rescale`: what O is to be multiplied by.
+    // S to P, still as floats, and `rescale`.
     template <bool PARTIAL>
-    DEVICE void exponentiate(Scores& s, const Item<Config>& item, int32 tile,
-                             float (&rescale)[1][2]) {
+    DEVICE void exponentiate(Scores& s, const Item<Config>& item, int32 tile) {
         if constexpr (Score<Config, float>::MODIFIES) modify(s, item, tile);
         if constexpr (PARTIAL) mask(s, item, tile);
         softmax.raise_top(s, item.score.factor, rescale);
@@ -239,12 +244,12 @@ struct Consumer {
         wgmma_wait<0>();
         release(shared.k_empty(k_ring.stage));
         k_ring.advance();
-        float rescale[1][2];  // of an O that is zero
-        exponentiate<true>(s, item, tile, rescale);
+        exponentiate<true>(s, item, tile);
         keep_p(s);
     }
 
-    // One tile of keys, while the one to its right meets V.
+    // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in
+    // either of them (not PARTIAL), nothing but the products and P remains.
     template <bool PARTIAL>
     DEVICE void step(const Item<Config>& item, int32 tile) {
         Scores s;
@@ -252,31 +257,39 @@ struct Consumer {
         take_turn();
         wgmma_fence();
         multiply_q_k(s);
-        wait_for_v(item, tile + 1);
+        if constexpr (PARTIAL) {
+            wait_for_v(item, tile + 1);
+        } else {
+            wait_for(shared.v_full(v_ring.stage), v_ring.parity);
+        }
+        if constexpr (Config::RESCALE_UNDER_S) {
+            scale_o(rescale);
+            wgmma_fence();
+        }
         multiply_p_v();
         pass_turn();
         wgmma_wait<1>();
         release(shared.k_empty(k_ring.stage));
         k_ring.advance();
-        float rescale[1][2];
-        exponentiate<PARTIAL>(s, item, tile, rescale);
+        exponentiate<PARTIAL>(s, item, tile);
         wgmma_wait<0>();
         release(shared.v_empty(v_ring.stage));
         v_ring.advance();
         keep_p(s);
-        scale_o(rescale);
+        if constexpr (!Config::RESCALE_UNDER_S) scale_o(rescale);
     }
 
     // Tiles that only other consumers' rows see. The turns and the stages need this one, too: it
     // takes a turn for each tile of the item, and releases a stage not before it is full, as its
     // arrival would count for the phase before, nor before all its threads have seen that.
-    DEVICE void skip_tiles(int32 count) {
+    DEVICE void skip_tiles(const Item<Config>& item, int32 begin, int32 end) {
 #pragma unroll 1
-        for (; count > 0; --count) {
+        for (int32 tile = end - 1; tile >= begin; --tile) {
             take_turn();
             pass_turn();
             wait_for(shared.k_full(k_ring.stage), k_ring.parity);
             wait_for(shared.v_full(v_ring.stage), v_ring.parity);
+            if (Config::BAND && !item.tiles.is_full(tile)) wait_for_inspectors();
             sync_named(ALONE + group, WARPGROUP);
             release(shared.k_empty(k_ring.stage));
             release(shared.v_empty(v_ring.stage));
@@ -292,20 +305,23 @@ struct Consumer {
         // Not in a uniform register, of which the products' addresses need many.
         int32 tile = recompute_from(tiles.end - 1);
         first_step(item, tile--);
-        // Tiles masked at their right end, full tiles, tiles masked at their left end. (A product
-        // under an `if` would make the compiler wait for every one of them.)
+        // Tiles masked at their right end, tiles that are full for all rows of the item, tiles masked
+        // at their left end. (A product under an `if` would make the compiler wait for every one of
+        // them.)
         if constexpr (Config::BAND) {
 #pragma unroll 1
-            for (; tile >= max(tiles.full_end, tiles.begin); --tile) step<true>(item, tile);
+            for (; tile >= max(item.tiles.full_end, tiles.begin); --tile) step<true>(item, tile);
+            if (tile >= max(item.tiles.full_begin, tiles.begin)) wait_for_v(item, tile + 1);
         }
 #pragma unroll 1
-        for (; tile >= max(tiles.full_begin, tiles.begin); --tile) step<false>(item, tile);
+        for (; tile >= max(item.tiles.full_begin, tiles.begin); --tile) step<false>(item, tile);
         if constexpr (Config::BAND) {
 #pragma unroll 1
             for (; tile >= tiles.begin; --tile) step<true>(item, tile);
         }
         if constexpr (!Config::O_OVER_Q) release(shared.q_empty());
         wait_for_v(item, tiles.begin);
+        if constexpr (Config::RESCALE_UNDER_S) scale_o(rescale);
         wgmma_fence();
         multiply_p_v();
     }
@@ -396,7 +412,7 @@ struct Consumer {
 #pragma unroll
             for (int n = 0; n < DIM_BLOCKS_V; ++n) o[0][n] = {};
             const TileRange tiles = item.tiles_of(item.first_row + group * ROWS, ROWS);
-            skip_tiles(item.tiles.end - tiles.end);
+            skip_tiles(item, tiles.end, item.tiles.end);
             walk_keys(item, tiles);
             float scale[1][2], lse[1][2];
             softmax.finish(scale, lse);
@@ -404,7 +420,7 @@ struct Consumer {
             wgmma_wait<0>();
             release(shared.v_empty(v_ring.stage));
             v_ring.advance();
-            if constexpr (Config::BAND) skip_tiles(tiles.begin - item.recomputed_begin());
+            if constexpr (Config::BAND) skip_tiles(item, item.recomputed_begin(), tiles.begin);
             scale_o(scale);
             if (leader) {
                 store_shared(shared.found_in_item(group), nonfinite);

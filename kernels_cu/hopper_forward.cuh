@@ -194,14 +194,15 @@ DEVICE void inspect(const AttentionParams& params) {
     follow_items<Config>(params, shared, [&](const Item<Config>& item) {
         for_each_tile(item, [&](int32 tile) {
             wait_for(shared.v_full(ring.stage), ring.parity);
+            const bool partial = !item.tiles.is_full(tile);
             uint32 found = 0;
-            if (!item.tiles.is_full(tile)) {
-                found = remove_nonfinite<Config>(shared.v(ring.stage), inspector);
-            }
+            if (partial) found = remove_nonfinite<Config>(shared.v(ring.stage), inspector);
             __syncwarp();
             if (lane_index() == 0) {
-                store_shared(shared.found(ring.stage, inspector), found);
-                arrive_at(shared.inspected(ring.stage));
+                if (partial) {
+                    store_shared(shared.found(ring.stage, inspector), found);
+                    arrive_at(shared.inspected(ring.stage));
+                }
                 arrive_at(shared.v_empty(ring.stage));
             }
             ring.advance();

@@ -1,19 +1,22 @@
 """Run a small set of calls under compute-sanitizer: its four tools, one after the other.
 
-    python tests/sanitize.py [tool ...]
+    python tests/sanitize.py [tool ...] [--families hopper]
 
 needs a GPU and compute-sanitizer on the PATH; the exit status is 1 if a tool reports anything.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FAMILIES = ("portable", "hopper")
 
 
-def calls() -> None:
+def calls(families: Sequence[str]) -> None:
     """Forward and both backward passes of each dtype and family; ragged ends, masks, groups."""
     import cupy
     import numpy as np
@@ -38,6 +41,9 @@ def calls() -> None:
         (2, 1, 40, 65, 256, 256, {}),
         (2, 1, 90, 130, 128, 96, {"causal": True}),
         (2, 1, 70, 100, 192, 128, {"causal": True}),
+        # As many keys as have plans of their own.
+        (1, 1, 90, 2100, 128, 128, {}),
+        (1, 1, 90, 4100, 128, 128, {"causal": True}),
     ]
     # As many heads as have blocks of their own.
     sms = cupy.cuda.Device().attributes["MultiProcessorCount"]
@@ -46,6 +52,8 @@ def calls() -> None:
     if cupy.cuda.Device().compute_capability == "90":
         kinds += [(np.float16, "hopper"), (bfloat16, "hopper")]
     for dtype, family in kinds:
+        if family not in families:
+            continue
         for case in cases + (whole_heads if family == "hopper" else []):
             heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v, options = case
             q = array(heads, seqlen_q, head_dim, dtype=dtype)
@@ -78,21 +86,34 @@ def calls() -> None:
     cupy.cuda.Device().synchronize()
 
 
-def main(tools: list[str]) -> int:
-    """Run the calls under each tool."""
+def run(tools: Sequence[str], families: Sequence[str]) -> int:
+    """Run the calls under each tool; return how many of the tools report anything."""
     failures = 0
-    for tool in tools or TOOLS:
+    for tool in tools:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         for name in ("attention", "hopper", "row_dots", "store_dq"):
             command += ["--kernel-name", f"kns={name}"]
-        result = subprocess.run([*command, sys.executable, __file__, "--calls"])
+        calls = [sys.executable, __file__, "--calls", "--families", *families]
+        result = subprocess.run([*command, *calls])
         print(f"{tool}: {'clean' if result.returncode == 0 else 'REPORTS ERRORS'}")
         failures += result.returncode != 0
-    return int(failures > 0)
+    return failures
+
+
+def main() -> int:
+    """Do what the options ask for."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("tools", nargs="*", metavar="tool", help=f"(all: {', '.join(TOOLS)})")
+    options.add_argument("--families", choices=FAMILIES, nargs="+", default=FAMILIES, help="(both)")
+    options.add_argument("--calls", action="store_true", help="run the calls, without a tool")
+    args = options.parse_args()
+    if set(args.tools) - set(TOOLS):
+        options.error(f"tools: got {', '.join(args.tools)}, takes {', '.join(TOOLS)}")
+    if args.calls:
+        calls(args.families)
+        return 0
+    return int(run(args.tools or TOOLS, args.families) > 0)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--calls"]:
-        calls()
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -34,12 +34,15 @@ class HopperBackwardPlan(HopperPlan):
         Whether the blocks add to dQ in a fixed order.
     head_rows
         Most queries of a call whose blocks compute a whole head each, or 0: a tile of keys.
+    early_exponentials
+        Whether P is computed while the product for dP runs, or behind it.
     """
 
     kernel: ClassVar[str] = "hopper_backward"
 
     deterministic: bool
     head_rows: int
+    early_exponentials: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,11 +210,12 @@ class BackwardTiles(NamedTuple):
     weight_stages: int | None = None  # of a `HopperBackwardWidePlan`
     alibi: bool = True  # these two take registers
     softcap: bool = True
-    always_masked: bool = False  # compiled for masks, with or without: it takes fewer registers
+    band: bool = True  # with causal or window, too
     min_head_dim: int = 0  # of q and k
     min_seqlen: int = 0  # of keys
     max_head_dim_v: int = MAX_GPU_HEAD_DIM
     head_rows: int = 0  # most queries of a head, if a block computes a whole one
+    early_exponentials: bool = False  # not of a `HopperBackwardWidePlan`
 
     def suits(self, problem: Problem, options: Mapping[str, bool], multiprocessors: int) -> bool:
         """Whether a call is one of those."""
@@ -219,6 +223,7 @@ class BackwardTiles(NamedTuple):
             padded_head_dim(problem.head_dim) >= self.min_head_dim
             and padded_head_dim(problem.head_dim_v) <= self.max_head_dim_v
             and problem.seqlen_k >= self.min_seqlen
+            and (self.band or not options["band"])
             and (self.alibi or not options["alibi"])
             and (self.softcap or not options["softcap"])
             and (self.head_rows == 0 or self.suits_heads(problem, multiprocessors))
@@ -239,14 +244,23 @@ class BackwardTiles(NamedTuple):
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
     64: [
+        BackwardTiles(
+            64, alibi=False, softcap=False, head_rows=512, band=False, early_exponentials=True
+        ),
         BackwardTiles(64, alibi=False, softcap=False, head_rows=512),
-        BackwardTiles(128, alibi=False),
+        BackwardTiles(128, alibi=False, early_exponentials=True),
         BackwardTiles(64),
     ],
     96: [BackwardTiles(64)],
     128: [
+        BackwardTiles(80, alibi=False, softcap=False, band=False, min_head_dim=96, min_seqlen=2048),
         BackwardTiles(
-            80, alibi=False, softcap=False, always_masked=True, min_head_dim=96, min_seqlen=2048
+            80,
+            alibi=False,
+            softcap=False,
+            early_exponentials=True,
+            min_head_dim=96,
+            min_seqlen=4096,
         ),
         BackwardTiles(64),
     ],
@@ -288,7 +302,7 @@ def choose_plan(
         row for row in BACKWARD_TILES[widest] if row.suits(problem, options, card.multiprocessors)
     )
     # Compiled for masks it takes fewer registers, which both modifications need.
-    options["band"] |= row.always_masked or (options["softcap"] and options["alibi"])
+    options["band"] |= options["softcap"] and options["alibi"]
     weight_stages = row.weight_stages
     wide = weight_stages is not None
     plan: dict[str, Any] = dict(
@@ -304,6 +318,7 @@ def choose_plan(
         **options,
         deterministic=deterministic and not row.head_rows,  # a single block adds to dq anyway
         head_rows=row.head_rows,
+        early_exponentials=row.early_exponentials,
     )
     if weight_stages is None:
         return HopperBackwardPlan(**plan)
