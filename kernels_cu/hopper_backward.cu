@@ -344,19 +344,14 @@ struct Consumer : GradientConsumer<Config> {
             multiply_rows(dp, block.v_tile(), first_row(), block.do_tile(step.stage()),
                           Config::HEAD_DIM_V);
         }
-        bool in_queries;
-        if constexpr (Config::EARLY_EXPONENTIALS) {
-            in_queries = exponentiate_early(s, dp, p, ds, step);
-        } else {
-            in_queries = exponentiate_late(s, dp, p, ds, step);
-        }
-        return remove_nonfinite(step, in_queries);
+        if constexpr (Config::EARLY_EXPONENTIALS) return exponentiate_early(s, dp, p, ds, step);
+        return exponentiate_late(s, dp, p, ds, step);
     }
 
-    // From S and dP to P and dS, rounded; returns whether masks hide non-finite queries. The
+    // From S and dP to P and dS, rounded; returns what non-finite values were found. The
     // exponentials while the product for dP runs:
-    DEVICE bool exponentiate_early(Scores& s, Scores& dp, Weights& p, Weights& ds,
-                                   const Step& step) const {
+    DEVICE uint32 exponentiate_early(Scores& s, Scores& dp, Weights& p, Weights& ds,
+                                     const Step& step) {
         const bool partial = block.is_partial(step.tile);
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
@@ -370,13 +365,18 @@ struct Consumer : GradientConsumer<Config> {
         differentiate(s, dp, dot, step);
         if (partial) mask(dp, step, 0);  // P = 0 does not suffice where D is not finite
         round(ds, dp);
-        return Config::BAND && partial && this->queries_nonfinite(step);
+        uint32 found = NOTHING;
+        if (partial || step.first || this->found_in_keys) {
+            const bool in_queries = Config::BAND && partial && this->queries_nonfinite(step);
+            found = remove_nonfinite(step, in_queries);
+        }
+        return recompute_from(found);  // no second copy of all that follows
     }
 
     // The same behind both products. What is out of sight is masked before that, so that, without a
     // band, no branch keeps the compiler from computing dS beside the product for dV.
-    DEVICE bool exponentiate_late(Scores& s, Scores& dp, Weights& p, Weights& ds,
-                                  const Step& step) const {
+    DEVICE uint32 exponentiate_late(Scores& s, Scores& dp, Weights& p, Weights& ds,
+                                    const Step& step) {
         constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
         const bool partial = block.is_partial(step.tile);
         const bool in_queries = Config::BAND && partial && this->queries_nonfinite(step);
@@ -397,16 +397,17 @@ struct Consumer : GradientConsumer<Config> {
             mask(p, step);
             mask(ds, step);
         }
-        return in_queries;
+        uint32 found = NOTHING;
+        if (in_queries || step.first || this->found_in_keys) {
+            found = remove_nonfinite(step, in_queries);
+        }
+        return recompute_from(found);
     }
 
     DEVICE uint32 remove_nonfinite(const Step& step, bool in_queries) {
-        uint32 found = NOTHING;
-        if (in_queries || step.first || this->found_in_keys) {
-            found = Base::remove_nonfinite(step, in_queries);
-            if (Config::KEYS_IN_REGISTERS && step.first && found & Base::IN_KEYS) clean_k_columns();
-        }
-        return recompute_from(found);  // no second copy of all that follows
+        const uint32 found = Base::remove_nonfinite(step, in_queries);
+        if (Config::KEYS_IN_REGISTERS && step.first && found & Base::IN_KEYS) clean_k_columns();
+        return found;
     }
 
     // The phase of ds_empty that a step waits for. Step i sets the stage of i - 1 free: so the
@@ -478,7 +479,7 @@ struct Consumer : GradientConsumer<Config> {
         if (Config::KEYS_IN_REGISTERS && step.first) load_keys();
         wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
         const bool in_queries = Config::BAND && this->queries_nonfinite(step);
-        const uint32 found = remove_nonfinite(step, in_queries);
+        const uint32 found = recompute_from(remove_nonfinite(step, in_queries));
         DqSums dq;
         load_dq(dq, tile_before(step));
         pass_ds({}, step);

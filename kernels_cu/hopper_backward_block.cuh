@@ -242,36 +242,23 @@ struct BackwardBlock {
         fence_barrier_init();
     }
 
-    // The steps of the tile of keys, of which the queries have the tiles `tiles`, in order: the first
-    // one, whether there is one (more), the next one.
-    DEVICE Step first_step(const TileRange& tiles, Progress done) const {
-        return {tiles.begin == tiles.end ? params.group : 0, tiles.begin, done.steps, true};
-    }
-    DEVICE bool exists(const Step& step) const {
-        return step.head < params.group;
-    }
-    DEVICE void advance(Step& step, const TileRange& tiles) const {
-        step.tile += 1;
-        if (step.tile == tiles.end) {
-            step.tile = tiles.begin;
-            step.head += 1;
-        }
-        step.index += 1;
-        step.first = false;
-    }
-    // What is done when `step` is the one behind the last.
-    static DEVICE Progress progress(const Step& step, Progress before) {
-        return {step.index, before.tiles + (step.index > before.steps ? 1 : 0)};
-    }
-
-    // Calls visit(step) for all steps; `done` before and after them.
+    // Calls visit(step) for all steps of the tile of keys, in order; `done` before and after them.
     template <class Visit>
     DEVICE Progress for_each_step(Progress done, Visit visit) const {
         const TileRange tiles = query_tiles();
-        Step step = first_step(tiles, done);
+        if (tiles.begin == tiles.end) return done;
+        Step step = {0, tiles.begin, done.steps, true};
 #pragma unroll 1
-        for (; exists(step); advance(step, tiles)) visit(step);
-        return progress(step, done);
+        while (step.head < params.group) {
+            step.first = step.index == done.steps;
+            visit(step);
+            if (++step.tile == tiles.end) {
+                step.tile = tiles.begin;
+                step.head += 1;
+            }
+            step.index += 1;
+        }
+        return {step.index, done.tiles + 1};
     }
 
     // Calls visit(block, done) for the block's tile of keys, or for each tile of a whole head: it

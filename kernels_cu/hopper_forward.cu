@@ -203,8 +203,12 @@ struct Consumer {
     // S to P, still as floats, and `rescale`.
     template <bool PARTIAL>
     DEVICE void exponentiate(Scores& s, const Item<Config>& item, int32 tile) {
-        if constexpr (Score<Config, float>::MODIFIES) modify(s, item, tile);
-        if constexpr (PARTIAL) mask(s, item, tile);
+        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;  // leaves no register to look
+        if constexpr (MODIFIES) modify(s, item, tile);
+        if (PARTIAL &&
+            (MODIFIES || !item.all_see(item.first_row + group * ROWS, ROWS, tile))) {
+            mask(s, item, tile);
+        }
         softmax.raise_top(s, item.score.factor, rescale);
 #pragma unroll
         for (int n = 0; n < KEY_BLOCKS; ++n) {
@@ -305,13 +309,14 @@ struct Consumer {
         // Not in a uniform register, of which the products' addresses need many.
         int32 tile = recompute_from(tiles.end - 1);
         first_step(item, tile--);
-        // Tiles masked at their right end, tiles that are full for all rows of the item, tiles masked
-        // at their left end. (A product under an `if` would make the compiler wait for every one of
-        // them.)
+        // Tiles masked at their right end and the one behind them, tiles that are full for all rows
+        // of the item, as the one to their right is, tiles masked at their left end. (A product
+        // under an `if` would make the compiler wait for every one of them.)
         if constexpr (Config::BAND) {
 #pragma unroll 1
-            for (; tile >= max(item.tiles.full_end, tiles.begin); --tile) step<true>(item, tile);
-            if (tile >= max(item.tiles.full_begin, tiles.begin)) wait_for_v(item, tile + 1);
+            for (; tile >= max(item.tiles.full_end - 1, tiles.begin); --tile) {
+                step<true>(item, tile);
+            }
         }
 #pragma unroll 1
         for (; tile >= max(item.tiles.full_begin, tiles.begin); --tile) step<false>(item, tile);

@@ -79,6 +79,14 @@ struct Item {
         return range;
     }
 
+    // Whether `rows` rows from `first` on see all keys of a tile, and all of these exist.
+    DEVICE bool all_see(int32 first, int32 rows, int32 tile) const {
+        const int32 key = tile * Config::TILE_N, last_key = key + Config::TILE_N - 1;
+        return last_key < params.seqlen_k &&
+               (!Config::BAND || (key >= first + rows - 1 + score.band.low &&
+                                  last_key <= first + score.band.high));
+    }
+
     // tiles.begin, for what needs it at the item's end and has no register to keep it until then.
     DEVICE int32 recomputed_begin() const {
         return tiles_of(recompute_from(first_row), Config::TILE_M).begin;

@@ -138,6 +138,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     "consumers without rows or turns": ((), 2, 1, 60, 600, 256, 256, FLOAT16, {"causal": True}),
     "consumers beyond what rows see": ((), 1, 1, 193, 193, 64, 64, FLOAT16, {"window": (5, 0)}),
     "the tiles of long rows": ((), 1, 1, 70, 4100, 128, 128, FLOAT16, {}),
+    "full tiles between masks": ((), 2, 1, 200, 1100, 128, 128, BFLOAT16, {"window": (600, 0)}),
+    "full tiles behind a mask, wide": ((), 1, 1, 150, 500, 256, 256, FLOAT16, {"causal": True}),
 }
 
 
@@ -296,6 +298,14 @@ def test_nan_reaches_the_gradients_of_what_sees_it(
     both: Run, name: str, head_dims: tuple[int, int]
 ) -> None:
     check_nan(both, name, *head_dims)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["q", "k", "do"])
+def test_nan_where_a_consumer_has_nothing_to_see(
+    whole_heads: None, both: Run, name: str, head_dim: int
+) -> None:
+    check_nan(both, name, head_dim, head_dim, row=30)
 
 
 def check_nan(

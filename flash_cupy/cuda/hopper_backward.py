@@ -253,7 +253,7 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
     ],
     96: [BackwardTiles(64)],
     128: [
-        BackwardTiles(80, alibi=False, softcap=False, band=False, min_head_dim=96, min_seqlen=2048),
+        BackwardTiles(80, alibi=False, softcap=False, band=False, min_head_dim=96, min_seqlen=1024),
         BackwardTiles(
             80,
             alibi=False,
