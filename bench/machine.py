@@ -25,6 +25,8 @@ PACKAGES = (
     "torch",
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
 )
 
 

@@ -35,7 +35,9 @@
 //
 // Lower case: mbarriers, one for each stage; upper case: named barriers. dQ takes the dS of both
 // consumers. As it is computed a step late, they need not be in step: while one computes
-// exponentials, the other multiplies.
+// exponentials, the other multiplies. Where EARLY_EXPONENTIALS is not set, P is computed behind both
+// products, with dS, and the product for dV may be issued before dS is stored (DV_FIRST). A consumer
+// of whose keys no query of the step sees any stores zeros for dS and computes dQ alone.
 //
 // WHOLE_HEAD: there are no writers, as a consumer adds its part of dQ to words of its own, and no
 // order in which blocks would have to add. dK and dV leave by way of dS, and the producer loads the
@@ -69,7 +71,7 @@ struct Config {
     static constexpr int DQ_PARTS = CONSUMERS;
     static constexpr bool CONSUMERS_DIFFER = false;
     static constexpr bool WIDE = false;
-    static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;
+    static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;  // before the wait for dP
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
     static constexpr bool WHOLE_HEAD = HEAD_ROWS > 0;
     static constexpr bool KEYS_IN_REGISTERS =
@@ -383,12 +385,15 @@ struct Consumer : GradientConsumer<Config> {
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
         wgmma_wait<0>();
+        // Before the scores are modified, unless that makes -inf finite, or, with a softcap, takes
+        // NaN of S to dP.
         if (partial) {
             if (!MODIFIES) mask(s, step, -infinity<float>());
-            mask(dp, step, 0);
+            if (!Config::SOFTCAP) mask(dp, step, 0);
         }
         exponentiate(s, dp, lse, step);
         if (MODIFIES && partial) mask(s, step, 0);
+        if (Config::SOFTCAP && partial) mask(dp, step, 0);
         round(p, s);
         load_early(dot, step.stage(), sizeof(Two));
         differentiate(s, dp, dot, step);
@@ -465,7 +470,7 @@ struct Consumer : GradientConsumer<Config> {
     }
 
     // Whether no query of a step sees a key of this consumer, as in half of the first steps under a
-    // causal mask.
+    // causal mask. With more queries a step that is too rare to pay for the branch.
     DEVICE bool sees_nothing(const Step& step) const {
         if (!Config::BAND || TILE_M != 64) return false;
         const int32 key = block.first_key + first_row(), query = step.tile * TILE_M;

@@ -25,6 +25,8 @@
 //   warp 0     producer    items ==== item_full =====> | all other roles, before their first step
 //                                <=== item_empty ===== | and after their last (hopper_items.cuh)
 //
+// (Where HEAD_DIM_V is above 192, O is rescaled a step later, while S is computed.)
+//
 // All of these are mbarriers, one for each stage or one for Q. Named barriers let the consumers
 // take turns (PINGPONG): only one of them issues products at a time, so that its softmax runs while
 // the others multiply. The producer fetches the next item's Q, K and V as soon as their places are

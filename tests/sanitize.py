@@ -93,8 +93,8 @@ def run(tools: Sequence[str], families: Sequence[str]) -> int:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         for name in ("attention", "hopper", "row_dots", "store_dq"):
             command += ["--kernel-name", f"kns={name}"]
-        calls = [sys.executable, __file__, "--calls", "--families", *families]
-        result = subprocess.run([*command, *calls])
+        program = [sys.executable, __file__, "--calls", "--families", *families]
+        result = subprocess.run([*command, *program])
         print(f"{tool}: {'clean' if result.returncode == 0 else 'REPORTS ERRORS'}")
         failures += result.returncode != 0
     return failures

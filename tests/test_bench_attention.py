@@ -427,7 +427,16 @@ def test_torch_flash_has_the_window_from_the_operator_under_it() -> None:
 
 
 @pytest.mark.parametrize("returns_lse", [False, True])
-@pytest.mark.parametrize("case", [{}, {"mask": "causal"}, {"mask": "causal", "window": 9}], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"mask": "causal"},
+        {"mask": "causal", "window": 9},
+        {"direction": "deterministic"},
+    ],
+    ids=str,
+)
 def test_flash_attention_4_agrees(case: dict[str, Any], returns_lse: bool) -> None:
     """Its arrays are (batch, seqlen, heads, features), its windows have None for no limit."""
 
@@ -439,7 +448,7 @@ def test_flash_attention_4_agrees(case: dict[str, Any], returns_lse: bool) -> No
         window_size: tuple[int | None, int | None],
         deterministic: bool,
     ) -> Any:
-        assert not deterministic
+        assert deterministic == (case.get("direction") == "deterministic")
         arrays = (x.transpose(1, 2).array for x in (q, k, v))
         o = flash_cupy.dense_attention(*arrays, causal=causal, window=window_size, device="cpu")
         o = FakeTensor(o).transpose(1, 2)

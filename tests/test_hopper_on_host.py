@@ -156,7 +156,7 @@ MASKED = [
 ]
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", [*MASKED, "full tiles behind a mask, wide"])
 def test_masks_with_the_plans_of_long_sequences(long_plans: None, forward: Run, name: str) -> None:
     test_equals_dense_softmax(forward, name)
 
@@ -359,3 +359,29 @@ def test_infinity_that_a_softcap_hides_from_lse(both: Run) -> None:
     np.testing.assert_array_equal(dq[0, 71:], clean[2][0, 71:])
     np.testing.assert_array_equal(dk[0, 71:], clean[3][0, 71:])
     np.testing.assert_array_equal(dv[0, 71:], clean[4][0, 71:])
+
+
+#: Where an infinite or missing value is out of sight, or meets one: seqlen_q, seqlen_k, causal, the
+#: input that is spoilt, its row, and by what.
+HIDDEN_BY_SOFTCAP = [
+    (100, 130, True, "k", 100, np.nan),
+    (40, 1, False, "k", 0, np.inf),
+    (64, 40, False, "q", 7, np.inf),
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("spoilt", HIDDEN_BY_SOFTCAP, ids=str)
+def test_softcap_keeps_out_what_is_out_of_sight(
+    both: Run, spoilt: tuple[int, int, bool, str, int, float], alibi: bool, head_dim: int
+) -> None:
+    *seqlens, causal, name, row, value = spoilt
+    dims = head_dim, head_dim
+    case = make_case(
+        (), 1, 1, *seqlens, *dims, FLOAT16, seed=8, causal=causal, softcap=2.0, alibi=alibi
+    )
+    x = getattr(case, name).copy()
+    x[0, row, 3] = value
+    case = replace(case, **{name: x})
+    assert_finite_alike(case, both(case))
