@@ -407,7 +407,7 @@ def flash_attention_4(xp: Any, torch: Any) -> list[Competitor]:
     """Return the package flash-attn-4, if it is installed."""
     try:
         from flash_attn.cute import flash_attn_func
-    except ImportError:
+    except (ImportError, OSError):
         return []
     return [FlashAttention4(xp, torch, flash_attn_func)]
 
