@@ -385,8 +385,7 @@ struct Consumer : GradientConsumer<Config> {
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
         wgmma_wait<0>();
-        // Before the scores are modified, unless that makes -inf finite, or, with a softcap, takes
-        // NaN of S to dP.
+        // Behind the modification where it makes -inf finite, or brings NaN of S to dP.
         if (partial) {
             if (!MODIFIES) mask(s, step, -infinity<float>());
             if (!Config::SOFTCAP) mask(dp, step, 0);

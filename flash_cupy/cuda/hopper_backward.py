@@ -215,7 +215,7 @@ class BackwardTiles(NamedTuple):
     min_seqlen: int = 0  # of keys
     max_head_dim_v: int = MAX_GPU_HEAD_DIM
     head_rows: int = 0  # most queries of a head, if a block computes a whole one
-    early_exponentials: bool = False  # not of a `HopperBackwardWidePlan`
+    early_exponentials: bool = False  # a `HopperBackwardWidePlan` has them early anyway
 
     def suits(self, problem: Problem, options: Mapping[str, bool], multiprocessors: int) -> bool:
         """Whether a call is one of those."""
