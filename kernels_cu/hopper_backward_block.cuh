@@ -11,6 +11,7 @@
 #include "hopper_tile.cuh"
 #include "hopper_maps.cuh"
 #include "hopper_dq_sum.cuh"
+#include "hopper_dq_rounding.cuh"
 #include "score.cuh"
 #include "nonfinite.cuh"
 #include "row_terms.cuh"
@@ -86,7 +87,8 @@ struct BackwardBlock {
         FOUND,
         FIRST_ADDRESS = 4,
         KEY_HEAD = FIRST_ADDRESS + 2 * ADDRESSES,
-        WORDS = KEY_HEAD + 2 + BATCH_AXES,
+        NUMBER = KEY_HEAD + 1 + BATCH_AXES,  // of the key head, through all batch entries
+        WORDS,
     };
     static_assert(INSPECTORS <= FIRST_ADDRESS);
     static constexpr int BYTES = BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + WORDS * 4;
@@ -131,6 +133,14 @@ struct BackwardBlock {
           place{block.place.head, tile},
           first_key(tile * Config::TILE_N) {}
 
+    using Rounding = DqRounding<Config>;
+    DEVICE Rounding rounding() const {
+        return {params};
+    }
+    DEVICE BackwardRole role_of(uint32 block) const {
+        if constexpr (Config::WHOLE_HEAD) return {true, block};
+        return rounding().role(block);
+    }
     DEVICE uint32 key_tiles() const {
         return ceil_div(params.seqlen_k, Config::TILE_N);
     }
@@ -138,9 +148,8 @@ struct BackwardBlock {
     // causal mask see, or, in turns, that which adds first to its first tile of queries.
     DEVICE HeadTile place_of(uint32 block) const {
         if constexpr (Config::WHOLE_HEAD) return {block, 0};
-        constexpr uint32 AT_A_TIME = 128;
         const uint32 tiles = key_tiles();
-        HeadTile place = head_tile_of<Config::BAND, AT_A_TIME>(block, tiles);
+        HeadTile place = rounding().share(block);
         if constexpr (Config::DETERMINISTIC) place.tile = tiles - 1 - place.tile;
         return place;
     }
@@ -213,13 +222,16 @@ struct BackwardBlock {
     // By one thread, before all others start.
     DEVICE void store_head() const {
         const HeadIndex keys = find_key_head(), first = query_head(keys, 0);
+        store_shared(word(NUMBER), place.head);
         store_shared(word(KEY_HEAD), keys.head);
 #pragma unroll
         for (int axis = 0; axis < BATCH_AXES; ++axis) {
             store_shared(word(KEY_HEAD + 1 + axis), keys.batch[axis]);
         }
         store_shared(address(ROW_DOTS), head_data<float>(params.row_dots, first, first.head));
-        store_shared(address(DQ_SUM), head_data<float>(params.dq_sum, first, first.head));
+        if constexpr (!Config::WHOLE_HEAD) {
+            store_shared(address(DQ_SUM), rounding().sums(place.head));
+        }
         store_shared(address(DQ_TURNS), head_data<int32>(params.dq_turns, first, first.head));
     }
     // By another one.
@@ -339,7 +351,9 @@ struct BackwardBlock {
     DEVICE void prefetch_next() const {
         const uint32 next = blockIdx.x + multiprocessors();
         if (next >= gridDim.x) return;
-        const BackwardBlock other(params, maps, shared, next);
+        const BackwardRole role = role_of(next);
+        if (!role.computes) return;
+        const BackwardBlock other(params, maps, shared, role.share);
         const TileRange tiles = other.query_tiles();
         if (tiles.begin == tiles.end) return;
         const HeadIndex keys = other.find_key_head(), first = other.query_head(keys, 0);
@@ -390,6 +404,7 @@ struct BackwardBlock {
     // One warp for each consumer: adds its dQ to dq_sum.
     DEVICE void write_dq(int consumer) const {
         arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
+        if (lane_index() == 0) rounding().wait_for_place(load_word(NUMBER));
         for_each_step({0, 0}, [&](const Step& step) {
             int32* const counter = dq_turns(step) + consumer;
             sync_named(DQ_FULL + consumer, DQ_THREADS);
@@ -410,6 +425,10 @@ struct BackwardBlock {
                 }
             }
         });
+        if (lane_index() == 0) {
+            wait_bulk<0>();
+            pass_turn(rounding().added(load_word(NUMBER)));
+        }
     }
 
     // How many key tiles add to a tile of dQ before this one: those behind it that it sees.

@@ -167,6 +167,7 @@ struct BackwardConsumer {
     // Adds NaN to this consumer's parts of dQ where a query sees a non-finite value of K.
     DEVICE void spread_nonfinite_keys(const Step& step) const {
         const AttentionParams& params = block.params;
+        if constexpr (!Config::WHOLE_HEAD) block.rounding().wait_for_place(block.load_word(Block::NUMBER));
         const HeadIndex keys = block.key_head();
         const uint16* row = head_data<const uint16>(params.k, keys, keys.head) +
                             block.first_key * params.k.row;
@@ -221,11 +222,19 @@ struct BackwardConsumer {
     }
 };
 
-// What a block does: warpgroup 0 feeds the others, the consumers.
+// What a block does: it rounds dQ of heads that are complete, or warpgroup 0 feeds the others, the
+// consumers.
 template <class Config, class Consumer>
 DEVICE void run_block(const AttentionParams& params, const BackwardMaps& maps) {
     const uint32 shared = swizzle_aligned(shared_address(dynamic_shared_memory()));
-    const BackwardBlock<Config> block(params, maps, shared, blockIdx.x);
+    uint32 share = blockIdx.x;
+    if constexpr (!Config::WHOLE_HEAD) {
+        const DqRounding<Config> rounding{params};
+        const BackwardRole role = rounding.role(blockIdx.x);
+        if (!role.computes) return rounding.run_block(role);
+        share = role.share;
+    }
+    const BackwardBlock<Config> block(params, maps, shared, share);
     if (threadIdx.x == 0) block.store_head();
     if (threadIdx.x == WARP) block.init_barriers();
     __syncthreads();

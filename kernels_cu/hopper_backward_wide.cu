@@ -332,11 +332,13 @@ struct Consumer : BackwardConsumer<Config> {
 
     DEVICE Progress run() {
         const TileRange tiles = block.query_tiles();
+        block.rounding().wait_for_place(block.load_word(Block::NUMBER));
         const Progress done = block.for_each_step(before, [&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
-        this->meet_consumers();  // nobody reads K and V any more
+        this->meet_consumers();  // nobody reads K and V any more, or adds to dq_sum
+        if (leads()) pass_turn(block.rounding().added(block.load_word(Block::NUMBER)));
         const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
         store<MY_DV_PARTS>(dv, 1, block.v_tile());
         store<PARTS>(dk, scale, block.k_tile());

@@ -1,5 +1,5 @@
 // What hopper_backward wants to know of every row of o: D_i and lse_i, as row_dots computes them,
-// of two rows side by side; and zeros in dq_sum and dq_turns, if there are any.
+// of two rows side by side; and zeros in dq_sum, dq_turns and dq_counts, if there are any.
 #include "types.cuh"
 #include "params.cuh"
 #include "row_dots.cuh"
@@ -18,13 +18,23 @@ struct Config {
 
 using Dots = RowDots<Config>;
 
-DEVICE void clear_dq(const AttentionParams& params, const HeadIndex& index, int32 tile) {
-    Chunk* const chunks = reinterpret_cast<Chunk*>(
-        Dots::row_data<float>(params.dq_sum, index, tile * Config::TILE_M));
-    const int32 count = Config::TILE_M * static_cast<int32>(params.dq_sum.row) / 4;
+// Those of the `head`-th of all heads: some are more than dq_sum has a place for, or key heads.
+DEVICE void clear_sums(const AttentionParams& params, uint32 head, int32 tile) {
+    if (head < params.dq_heads * params.group) {
+        Chunk* const chunks = reinterpret_cast<Chunk*>(
+            static_cast<float*>(params.dq_sum.data) + head * params.dq_sum.head +
+            tile * Config::TILE_M * params.dq_sum.row);
+        const int32 count = Config::TILE_M * static_cast<int32>(params.dq_sum.row) / 4;
 #pragma unroll 4
-    for (int32 i = threadIdx.x; i < count; i += Config::THREADS) chunks[i] = Chunk{};
-    if (params.dq_turns.data != nullptr && threadIdx.x < Config::CONSUMERS) {
+        for (int32 i = threadIdx.x; i < count; i += Config::THREADS) chunks[i] = Chunk{};
+    }
+    if (tile == 0 && threadIdx.x < 2 && head < params.dq_counts.row) {
+        int32* const counts = static_cast<int32*>(params.dq_counts.data);
+        counts[head + threadIdx.x * params.dq_counts.row] = 0;
+    }
+}
+DEVICE void clear_turns(const AttentionParams& params, const HeadIndex& index, int32 tile) {
+    if (threadIdx.x < Config::CONSUMERS) {
         Dots::row_data<int32>(params.dq_turns, index, tile)[threadIdx.x] = 0;
     }
 }
@@ -47,5 +57,6 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
             pairs[i / 2].dot[i % 2] = terms.dot;
         }
     }
-    if (params.dq_sum.data != nullptr) clear_dq(params, index, tile);
+    if (params.dq_sum.data != nullptr) clear_sums(params, blockIdx.x / tiles, tile);
+    if (params.dq_turns.data != nullptr) clear_turns(params, index, tile);
 }

@@ -43,6 +43,7 @@ struct AttentionParams {
     Tensor dv;        // like v
     Tensor dq_sum;    // where dQ adds up before it is rounded to q's type, see dq_sum.cuh
     Tensor dq_turns;  // (*batch, heads, tiles, 2), int32, zeros: who adds next, see turns.cuh
+    Tensor dq_counts;  // (2, all key heads), int32, zeros, see hopper_dq_rounding.cuh
 
     int32 batch[BATCH_AXES];  // extents
     int32 heads;
@@ -55,6 +56,10 @@ struct AttentionParams {
     // a side without a limit is +-2^30 (beyond every sequence), so that sums fit in an int32.
     int32 band_low;
     int32 band_high;
+    // Hopper's backward only
+    int32 dq_heads;  // key heads that dq_sum has a place for
+    int32 section;   // key heads whose tiles blocks take side by side, see head_tiles.cuh
+    int32 dq_lag, dq_pieces;  // see hopper_dq_rounding.cuh
     Scalars<double> doubles;
     Scalars<float> floats;
 };

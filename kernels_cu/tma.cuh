@@ -67,11 +67,24 @@ DEVICE void load_bulk(uint32 shared, const void* global, uint32 bytes, uint32 ba
                  : "memory");
 }
 
+// What L2 gives up last: sums that others will soon add to. The policy that createpolicy makes of
+// evict_last for all accesses.
+constexpr uint64 KEEP_IN_L2 = 0x14f0000000000000;
+
+// Consecutive bytes from shared memory, in this thread's current bulk group; addresses and count are
+// multiples of 16.
+DEVICE void store_bulk(void* global, uint32 shared, uint32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::
+                     "l"(__cvta_generic_to_global(global)),
+                 "r"(shared), "r"(bytes), "l"(KEEP_IN_L2)
+                 : "memory");
+}
+
 // Adds consecutive floats to those in global memory, each addition atomic by itself.
 DEVICE void add_bulk(float* global, uint32 shared, uint32 bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                     __cvta_generic_to_global(global)),
-                 "r"(shared), "r"(bytes)
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 "
+                 "[%0], [%1], %2, %3;" ::"l"(__cvta_generic_to_global(global)),
+                 "r"(shared), "r"(bytes), "l"(KEEP_IN_L2)
                  : "memory");
 }
 

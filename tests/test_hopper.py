@@ -186,10 +186,10 @@ def test_which_calls_have_blocks_for_whole_heads(
     if whole:
         assert list(plans) == ["hopper_row_dots", "hopper_backward"]
         assert list(workspace) == ["row_dots"]
-        assert plans["hopper_backward"].blocks(call.problem) == call.problem.heads
+        assert plans["hopper_backward"].blocks(call.problem, {}) == call.problem.heads
     else:
-        assert list(plans) == ["hopper_row_dots", "hopper_backward", "hopper_store_dq"]
-        assert list(workspace) == ["row_dots", "dq_sum", *["dq_turns"] * deterministic]
+        assert list(plans) == ["hopper_row_dots", "hopper_backward"]
+        assert list(workspace) == ["row_dots", "dq_sum", "dq_counts", *["dq_turns"] * deterministic]
 
 
 @pytest.mark.slow
@@ -381,8 +381,9 @@ def backward_work(deterministic: bool) -> Work:
 def test_workspace_is_one_piece_of_memory(encoded: list[BoxMap]) -> None:
     """Its tensors follow each other, aligned like arrays of their own."""
     work = backward_work(deterministic=True)
-    row_dots, dq_sum, dq_turns = work.workspace
-    assert row_dots.dtype == dq_sum.dtype == np.float32 and dq_turns.dtype == np.int32
+    row_dots, dq_sum, dq_counts, dq_turns = work.workspace
+    assert row_dots.dtype == dq_sum.dtype == np.float32
+    assert dq_counts.dtype == dq_turns.dtype == np.int32
     assert not work.zeroed
     for (begin, end), x in zip(itertools.pairwise(work.offsets), work.workspace, strict=True):
         assert begin % 512 == 0 and 0 <= end - begin - x.nbytes < 512
@@ -391,7 +392,7 @@ def test_workspace_is_one_piece_of_memory(encoded: list[BoxMap]) -> None:
     for launch, (params, *_) in zip(
         work.launches, gpu_arguments(work, *addresses, memory), strict=True
     ):
-        assert launch.tensors[-3:] == ("row_dots", "dq_sum", "dq_turns")
+        assert launch.tensors[-4:] == ("row_dots", "dq_sum", "dq_counts", "dq_turns")
         record = params.view(ATTENTION_PARAMS)
         placed = [int(record[name]["data"][0]) for name in launch.tensors]
         assert placed == [*addresses, *(memory + begin for begin in work.offsets[:-1])]

@@ -40,7 +40,7 @@ MAX_WORKS = 4096
 GRADIENTS = ("dq", "dk", "dv")
 
 #: Tensors of a workspace that count; all others are sums.
-COUNTERS = ("tickets", "dq_turns")
+COUNTERS = ("tickets", "dq_counts", "dq_turns")
 
 _forced_family: ContextVar[Family | None] = ContextVar("forced_family", default=None)
 
@@ -284,8 +284,10 @@ def make_launch(kernel: str, call: Call, machine: Machine) -> Launch:
             **score_options(problem, tensors),
             sum_dq="dq_sum" in tensors,
         )
-    blocks = plan.blocks(problem)
+    blocks = plan.blocks(problem, tensors)
     params = fill_params(problem, tensors)
+    for name, count in plan.counts(problem, tensors).items():
+        params[0][name] = count
     return Launch(
         machine.load(kernel, plan),
         plan,

@@ -167,7 +167,7 @@ class HopperForwardPlan(HopperPlan):
         """Rows of a box of each tensor that goes by TMA."""
         return {"q": self.tile_m, "k": self.tile_n, "v": self.tile_n, "o": GROUP_ROWS}
 
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return one for every tile of rows and head, if there are multiprocessors enough."""
         return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
 

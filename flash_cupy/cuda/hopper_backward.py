@@ -11,7 +11,7 @@ from ..arrays import Array
 from ..problem import MAX_GPU_HEAD_DIM, Problem
 from .hopper import BARRIER_BYTES, GROUP_ROWS, SWIZZLE_ALIGNMENT, HopperPlan
 from .params import BATCH_AXES
-from .plan import Card, KernelPlan, ceil_div, head_count, row_bytes, score_options
+from .plan import Card, KernelPlan, ceil_div, head_count, score_options
 from .tensor_maps import BOX_COLUMNS
 from .tensors import WIDEST_ACCESS, access_bytes
 
@@ -108,11 +108,37 @@ class HopperBackwardPlan(HopperPlan):
             "dq": self.tile_m * ceil_div(self.head_dim, BOX_COLUMNS) // self.dq_parts,
         }
 
-    def blocks(self, problem: Problem) -> int:
-        """Return one for every head, or for every tile of keys and key head."""
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
+        """Return one for every head, or for every tile of keys and key head, and some that round.
+
+        As `DqRounding::role` in kernels_cu/hopper_dq_rounding.cuh counts them.
+        """
         if self.head_rows:
             return head_count(problem)
-        return ceil_div(problem.seqlen_k, self.tile_n) * (head_count(problem) // problem.group)
+        shares = ceil_div(problem.seqlen_k, self.tile_n) * key_head_count(problem)
+        counts = self.counts(problem, tensors)
+        periods = max(shares - counts["dq_lag"], 0) // self.warps
+        rest = shares - periods * self.warps
+        return shares + periods + ceil_div(rest * counts["dq_pieces"], self.warps)
+
+    def counts(self, problem: Problem, tensors: Mapping[str, Array]) -> dict[str, int]:
+        """Return the places of dq_sum, and when blocks take which key head and round which dQ."""
+        if self.head_rows:
+            return {}
+        tiles = ceil_div(problem.seqlen_k, self.tile_n)
+        shares = tiles * key_head_count(problem)
+        places, section = sum_places(problem, tensors), section_heads(problem, self.tile_n)
+        lag = places * tiles // 2 // self.warps * self.warps
+        if places == key_head_count(problem):
+            lag = shares
+        periods = max(shares - lag, 0) // self.warps
+        rest = shares - periods * self.warps
+        return {
+            "dq_heads": places,
+            "section": section,
+            "dq_lag": lag,
+            "dq_pieces": ceil_div(LAST_ROUNDING_WARPS, rest),
+        }
 
 
 @dataclass(frozen=True)
@@ -165,27 +191,13 @@ class HopperRowDotsPlan(KernelPlan):
     head_dim_v: int
     consumers: int
 
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return one for every tile of rows and head."""
         return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
 
-
-@dataclass(frozen=True)
-class HopperStoreDqPlan(KernelPlan):
-    """A row for kernels_cu/hopper_store_dq.cu; a warpgroup for each part of a tile."""
-
-    tile_m: int
-    head_dim: int
-    softcap: bool
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: a tile of dq."""
-        return self.tile_m * row_bytes(dq_columns(self.head_dim), self.element)
-
-    def blocks(self, problem: Problem) -> int:
-        """Return one for every tile of rows and head."""
-        return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
+    def counts(self, problem: Problem, tensors: Mapping[str, Array]) -> dict[str, int]:
+        """Return how much of dq_sum there is to clear."""
+        return {"dq_heads": sum_places(problem, tensors)}
 
 
 def dq_columns(head_dim: int) -> int:
@@ -282,12 +294,19 @@ MAX_HEAD_KEYS = 1024
 #: Heads that keep any GPU busy.
 MANY_HEADS = 1024
 
+#: The least warps that round the last shares of dQ.
+LAST_ROUNDING_WARPS = 1536
+
+#: Tiles of keys in a section of heads whose tiles blocks take side by side, the longest first:
+#: about as many as run at a time; fewer of short heads, whose dQ then stays in L2.
+SECTION_BLOCKS = 128
+SHORT_SECTION_BLOCKS = 32
+SHORT_HEAD_TILES = 8
+
 
 def kernels(card: Card, problem: Problem, alibi: bool, deterministic: bool) -> tuple[str, ...]:
     """Return the kernels of a call's backward, in the order of their launches."""
-    plan = choose_plan(card, problem, alibi, deterministic)
-    last = () if plan.head_rows else ("hopper_store_dq",)
-    return ("hopper_row_dots", plan.kernel, *last)
+    return ("hopper_row_dots", choose_plan(card, problem, alibi, deterministic).kernel)
 
 
 @lru_cache(MAX_PLANS)
@@ -329,13 +348,18 @@ def choose_plan(
 def workspace(
     card: Card, problem: Problem, alibi: bool, deterministic: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of row_dots, dq_sum and dq_turns, as needed: rows fill up whole tiles."""
+    """Return the shapes of row_dots, and of dq_sum, dq_counts and dq_turns where needed.
+
+    Rows fill up whole tiles.
+    """
     plan = choose_plan(card, problem, alibi, deterministic)
     tiles = ceil_div(problem.seqlen_q, plan.tile_m)
     heads, rows = problem.rows_shape[:-1], tiles * plan.tile_m
-    shapes = {"row_dots": (*heads, rows, 2)}
+    shapes: dict[str, tuple[int, ...]] = {"row_dots": (*heads, rows, 2)}
     if not plan.head_rows:
-        shapes["dq_sum"] = (*heads, rows, dq_columns(plan.head_dim))
+        places = dq_places(card, problem, plan) * problem.group
+        shapes["dq_sum"] = (places, rows, dq_columns(plan.head_dim))
+        shapes["dq_counts"] = (2, key_head_count(problem))
     if plan.deterministic:
         shapes["dq_turns"] = (*heads, tiles, plan.consumers)
     return shapes
@@ -359,17 +383,35 @@ def plan_row_dots(card: Card, problem: Problem, tensors: Mapping[str, Array]) ->
     )
 
 
-def plan_store_dq(card: Card, problem: Problem, tensors: Mapping[str, Array]) -> HopperStoreDqPlan:
-    """Plan the kernel after it."""
-    plan = plan_backward(card, problem, tensors)
-    return HopperStoreDqPlan(
-        element=plan.element,
-        access_bytes=access_bytes(tensors, 0),
-        warps=4 * plan.dq_parts,
-        tile_m=plan.tile_m,
-        head_dim=plan.head_dim,
-        softcap=plan.softcap,
-    )
+def key_head_count(problem: Problem) -> int:
+    """Return how many key heads all batch entries have."""
+    return head_count(problem) // problem.group
+
+
+def section_heads(problem: Problem, tile_n: int) -> int:
+    """Return the key heads of a section, of which some tiles are longer only under a mask."""
+    if problem.band.left is None and problem.band.right is None:
+        return 1
+    tiles = ceil_div(problem.seqlen_k, tile_n)
+    short = tiles <= SHORT_HEAD_TILES
+    return ceil_div(SHORT_SECTION_BLOCKS if short else SECTION_BLOCKS, tiles)
+
+
+def dq_places(card: Card, problem: Problem, plan: HopperBackwardPlan) -> int:
+    """Return for how many key heads dq_sum has a place.
+
+    All, or whole sections, twice as many as it takes from a share's computation to its rounding:
+    all of its section and a good round of blocks. The same time passes until the place is used.
+    """
+    section = section_heads(problem, plan.tile_n)
+    blocks = section * ceil_div(problem.seqlen_k, plan.tile_n)
+    lag = blocks + 17 * card.multiprocessors // 16 + plan.warps
+    return min(key_head_count(problem), section * ceil_div(2 * lag, blocks))
+
+
+def sum_places(problem: Problem, tensors: Mapping[str, Array]) -> int:
+    """Return for how many key heads a call's dq_sum has a place; 0: there is none."""
+    return tensors["dq_sum"].shape[0] // problem.group if "dq_sum" in tensors else 0
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -393,5 +435,4 @@ PLANS: dict[str, Callable[[Card, Problem, Mapping[str, Array]], KernelPlan]] = {
     "hopper_row_dots": plan_row_dots,
     "hopper_backward": plan_backward,
     "hopper_backward_wide": plan_backward,
-    "hopper_store_dq": plan_store_dq,
 }

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
+from ..arrays import Array
 from ..problem import MAX_GPU_HEAD_DIM, Problem
 from .tiles import (
     BACKWARD_DQ_TILES,
@@ -121,8 +122,12 @@ class KernelPlan(ABC):
         return {}
 
     @abstractmethod
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return the number of blocks of a launch."""
+
+    def counts(self, problem: Problem, tensors: Mapping[str, Array]) -> dict[str, int]:
+        """Return what a launch's parameters hold beside what is the call's own."""
+        return {}
 
     def options(self) -> tuple[str, ...]:
         """Return the compiler options that carry this plan into a kernel."""
@@ -214,7 +219,7 @@ class ForwardPlan(Plan):
         inputs = self.tile_m * d + self.stages * self.tile_n * (d + dv)
         return self.operand_bytes + max(inputs, self.tile_m * dv)
 
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return one for every tile of rows, slice of o and head."""
         slices = ceil_div(problem.head_dim_v, self.head_dim_v)
         return ceil_div(problem.seqlen_q, self.tile_m) * slices * head_count(problem)
@@ -279,7 +284,7 @@ class BackwardPlan(Plan):
             + weights * self.tile_bytes(self.tile_n, self.tile_m)
         )
 
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return one for every tile of keys and key head."""
         kv_heads = head_count(problem) // problem.group
         return ceil_div(problem.seqlen_k, self.tile_n) * kv_heads
@@ -309,7 +314,7 @@ class BackwardDqPlan(Plan):
         )
         return self.operand_bytes + queries + self.stages * keys
 
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return one for every tile of queries, slice of dq and head."""
         slices = ceil_div(problem.head_dim, self.dq_cols)
         return ceil_div(problem.seqlen_q, self.tile_m) * slices * head_count(problem)
@@ -322,7 +327,7 @@ class RowDotsPlan(KernelPlan):
     head_dim_v: int
     tile_m: int
 
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return one for every tile of rows and head."""
         return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
 
@@ -340,7 +345,7 @@ class StoreDqPlan(KernelPlan):
         """Dynamic shared memory: a tile of dq."""
         return self.tile_m * row_bytes(self.head_dim, self.element)
 
-    def blocks(self, problem: Problem) -> int:
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
         """Return one for every tile of rows and head."""
         return ceil_div(problem.seqlen_q, self.tile_m) * head_count(problem)
 

@@ -192,6 +192,17 @@ void load_bulk(unsigned shared, const void* global, unsigned bytes, unsigned bar
     });
 }
 
+void store_bulk(void* global, unsigned shared, unsigned bytes) {
+    const void* code = __builtin_return_address(0);
+    check_bulk("store_bulk", shared, global, bytes);
+    asynchronous.store([&](const Actor& reader, const Actor& writer) {
+        const unsigned char* source = shared_pointer(shared);
+        device_memory.check(source, bytes, Access::READ, reader, code);
+        device_memory.check(global, bytes, Access::WRITE, writer, code);
+        memcpy(global, source, bytes);
+    });
+}
+
 void add_bulk(float* global, unsigned shared, unsigned bytes) {
     const void* code = __builtin_return_address(0);
     check_bulk("add_bulk", shared, global, bytes);
@@ -218,11 +229,15 @@ void wait_bulk(int pending, bool only_read) {
     if (!only_read) running_block->learn(self, self.bulk_writer, latest + 1);
 }
 
-void wait_for_turn(const int* counter, int turn) {
+bool is_turn(const int* counter, int turn) {
     // Not a read: it goes with the additions of others.
     device_memory.check(counter, sizeof *counter, Access::ATOMIC, 1u << lane(),
                         __builtin_return_address(0));
-    if (*counter < turn) {
+    return *counter >= turn;
+}
+
+void wait_for_turn(const int* counter, int turn) {
+    if (!is_turn(counter, turn)) {
         fail("deadlock: a block waits for turn %d, and after all blocks before it it is turn %d",
              turn, *counter);
     }

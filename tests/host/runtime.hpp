@@ -97,6 +97,7 @@ void prefetch_box(const void* map, const int (&place)[MAP_RANK]);
 void load_box(unsigned shared, const void* map, const int (&place)[MAP_RANK], unsigned barrier);
 void store_box(const void* map, const int (&place)[MAP_RANK], unsigned shared);
 void load_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier);
+void store_bulk(void* global, unsigned shared, unsigned bytes);
 void add_bulk(float* global, unsigned shared, unsigned bytes);
 void commit_bulk();
 void wait_bulk(int pending, bool only_read);
@@ -104,6 +105,7 @@ void wait_bulk(int pending, bool only_read);
 void fence_async_shared();
 
 // Turns of blocks. Blocks run one after the other, so what one waits for has come or never comes.
+bool is_turn(const int* counter, int turn);
 void wait_for_turn(const int* counter, int turn);
 void pass_turn(int* counter);
 

@@ -34,6 +34,10 @@ DEVICE void load_bulk(uint32 shared, const void* global, uint32 bytes, uint32 ba
     host::load_bulk(shared, global, bytes, barrier);
 }
 
+DEVICE void store_bulk(void* global, uint32 shared, uint32 bytes) {
+    host::store_bulk(global, shared, bytes);
+}
+
 DEVICE void add_bulk(float* global, uint32 shared, uint32 bytes) {
     host::add_bulk(global, shared, bytes);
 }
