@@ -88,6 +88,7 @@ struct BackwardBlock {
         FIRST_ADDRESS = 4,
         KEY_HEAD = FIRST_ADDRESS + 2 * ADDRESSES,
         NUMBER = KEY_HEAD + 1 + BATCH_AXES,  // of the key head, through all batch entries
+        TILE,                                // of its keys
         WORDS,
     };
     static_assert(INSPECTORS <= FIRST_ADDRESS);
@@ -223,6 +224,7 @@ struct BackwardBlock {
     DEVICE void store_head() const {
         const HeadIndex keys = find_key_head(), first = query_head(keys, 0);
         store_shared(word(NUMBER), place.head);
+        store_shared(word(TILE), place.tile);
         store_shared(word(KEY_HEAD), keys.head);
 #pragma unroll
         for (int axis = 0; axis < BATCH_AXES; ++axis) {
@@ -406,11 +408,10 @@ struct BackwardBlock {
         arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
         if (lane_index() == 0) rounding().wait_for_place(load_word(NUMBER));
         for_each_step({0, 0}, [&](const Step& step) {
-            int32* const counter = dq_turns(step) + consumer;
             sync_named(DQ_FULL + consumer, DQ_THREADS);
             if (lane_index() == 0) {
                 if constexpr (Config::DETERMINISTIC) {
-                    wait_for_turn(counter, turn(step.tile));
+                    wait_for_turn(dq_turns(step) + consumer, turn(step.tile));
                 }
                 add_bulk(dq_sums(step) + consumer * Dq::PART, dq_part(consumer), DQ_BYTES);
                 commit_bulk();
@@ -421,7 +422,7 @@ struct BackwardBlock {
             if constexpr (Config::DETERMINISTIC) {
                 if (lane_index() == 0) {
                     wait_bulk<0>();
-                    pass_turn(counter);
+                    pass_turn(dq_turns(step) + consumer);
                 }
             }
         });
@@ -436,7 +437,7 @@ struct BackwardBlock {
         const int32 first = tile * Config::TILE_M;
         const int32 last = min(first + Config::TILE_M, params.seqlen_q) - 1;
         return visible_tiles(band(), first, last, Config::TILE_N, params.seqlen_k).end - 1 -
-               first_key / Config::TILE_N;
+               load_word(TILE);
     }
 
     DEVICE void serve() const {

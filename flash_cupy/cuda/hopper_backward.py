@@ -80,7 +80,7 @@ class HopperBackwardPlan(HopperPlan):
             for rows in (self.tile_n, self.tile_m)
         )
         row_terms = 2 * self.tile_m * SUM_BYTES
-        words = 4 * (4 + 2 * 3 + 2 + BATCH_AXES)  # `Word` in hopper_backward_block.cuh
+        words = 4 * (4 + 2 * 3 + 3 + BATCH_AXES)  # `Word` in hopper_backward_block.cuh
         return (
             SWIZZLE_ALIGNMENT
             + keys
