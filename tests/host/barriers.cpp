@@ -10,6 +10,7 @@ void Asynchronous::reset() {
     barriers_.clear();
     for (NamedBarrier& barrier : named_) barrier = {};
     landing_.clear();
+    before_.clear();
     product_units_.clear();
     registers_.clear();
 }

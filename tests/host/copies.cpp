@@ -128,6 +128,22 @@ void Asynchronous::store(Scatter scatter) {
             Actor::unit(self.bulk_writer, self.bulk_latest, known, self.index));
 }
 
+// ---- turns --------------------------------------------------------------------------------------
+
+void Asynchronous::pass(const int* counter) {
+    if (passed_launch_ != launch_serial) passed_.clear();
+    passed_launch_ = launch_serial;
+    std::set<uint32_t>& blocks = passed_[counter];
+    blocks.insert(running_block->serial());
+    blocks.insert(before_.begin(), before_.end());
+}
+
+void Asynchronous::find_passed(const int* counter) {
+    if (passed_launch_ != launch_serial) return;
+    const std::set<uint32_t>& blocks = passed_[counter];
+    before_.insert(blocks.begin(), blocks.end());
+}
+
 // ---- what kernels call --------------------------------------------------------------------------
 
 namespace host {
@@ -233,7 +249,9 @@ bool is_turn(const int* counter, int turn) {
     // Not a read: it goes with the additions of others.
     device_memory.check(counter, sizeof *counter, Access::ATOMIC, 1u << lane(),
                         __builtin_return_address(0));
-    return *counter >= turn;
+    const bool reached = *counter >= turn;
+    if (reached) asynchronous.find_passed(counter);
+    return reached;
 }
 
 void wait_for_turn(const int* counter, int turn) {
@@ -251,6 +269,7 @@ void pass_turn(int* counter) {
                                                      self.bulk_latest;
     if (!written) fail("pass_turn before bulk additions are in global memory: wait_bulk is missing");
     *counter += 1;
+    asynchronous.pass(counter);
 }
 
 void fence_async_shared() { running_block->fence(running_block->running()); }

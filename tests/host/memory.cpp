@@ -9,6 +9,7 @@
 #include <new>
 #include <string>
 
+#include "async.hpp"
 #include "block.hpp"
 #include "runtime.hpp"
 
@@ -154,7 +155,8 @@ static int first_byte(uint16_t mask) { return __builtin_ctz(mask); }
 // Whether all that `trace` tells of comes before what `actor` does now.
 static bool happened_before(const Trace& trace, const Actor& actor) {
     Block& block = *running_block;
-    if (trace.block != block.serial()) return false;  // nothing orders blocks within a launch
+    // Nothing but their turns orders blocks within a launch.
+    if (trace.block != block.serial()) return asynchronous.comes_after(trace.block);
     const int theirs = trace.warp * host::WARP;
     if (theirs < block.count() && trace.clock < block.all_know()) return true;
     for (uint32_t rest = trace.lanes; rest; rest &= rest - 1) {
