@@ -59,7 +59,8 @@ struct AttentionParams {
     // Hopper's backward only
     int32 dq_heads;  // key heads that dq_sum has a place for
     int32 section;   // key heads whose tiles blocks take side by side, see head_tiles.cuh
-    int32 dq_lag, dq_pieces;  // see hopper_dq_rounding.cuh
+    int32 dq_lag;     // blocks from a share's computation to its rounding, and the pieces of the last
+    int32 dq_pieces;  // shares, see hopper_dq_rounding.cuh
     Scalars<double> doubles;
     Scalars<float> floats;
 };
