@@ -76,15 +76,16 @@ def compile(
     import cupy
 
     pairs = [(d, d) if isinstance(d, int) else d for d in head_dims]
-    # Heads and keys. Two at least: with one, a causal mask would hide nothing and be dropped.
-    sizes = {(1, 2)}
+    # Heads, queries and keys.
+    sizes = {(1, 2, 2)}
     if np.dtype(dtype).itemsize == 2:
-        lengths = {*hopper.lengths(), *(hopper_backward.lengths() if backward else ())}
-        sizes |= {(1, keys) for keys in lengths}
-        sizes |= {(heads, 2) for heads in (hopper_backward.head_counts() if backward else ())}
+        sizes |= {(1, *lengths) for lengths in hopper.lengths()}
+        if backward:
+            sizes |= {(1, 2, keys) for keys in hopper_backward.lengths()}
+            sizes |= {(heads, 2, 2) for heads in hopper_backward.head_counts()}
     calls = list(itertools.product(pairs, masks, sorted(sizes)))
-    for (head_dim, head_dim_v), mask, (heads, keys) in _with_bar(calls, progress):
-        shapes = ((heads, 2, head_dim), (heads, keys, head_dim), (heads, keys, head_dim_v))
+    for (head_dim, head_dim_v), mask, (heads, queries, keys) in _with_bar(calls, progress):
+        shapes = ((heads, queries, head_dim), (heads, keys, head_dim), (heads, keys, head_dim_v))
         q, k, v = (cupy.zeros(shape, dtype) for shape in shapes)
         options: dict[str, Any] = {
             "causal": mask,

@@ -69,7 +69,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
     static constexpr int WEIGHT_STAGES = STAGES;               // of dS
     static constexpr int DQ_PARTS = CONSUMERS;
-    static constexpr bool CONSUMERS_DIFFER = false;
+    static constexpr bool CONSUMERS_DIFFER = BAND && TILE_M == 64;  // see sees_nothing
     static constexpr bool WIDE = false;
     static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;  // before the wait for dP
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
@@ -369,7 +369,7 @@ struct Consumer : GradientConsumer<Config> {
         round(ds, dp);
         uint32 found = NOTHING;
         if (partial || step.first || this->found_in_keys) {
-            const bool in_queries = Config::BAND && partial && this->queries_nonfinite(step);
+            const bool in_queries = this->queries_nonfinite(step, partial);
             found = remove_nonfinite(step, in_queries);
         }
         return recompute_from(found);  // no second copy of all that follows
@@ -381,7 +381,7 @@ struct Consumer : GradientConsumer<Config> {
                                     const Step& step) {
         constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
         const bool partial = block.is_partial(step.tile);
-        const bool in_queries = Config::BAND && partial && this->queries_nonfinite(step);
+        const bool in_queries = this->queries_nonfinite(step, partial);
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
         wgmma_wait<0>();
@@ -482,7 +482,7 @@ struct Consumer : GradientConsumer<Config> {
         wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
         if (Config::KEYS_IN_REGISTERS && step.first) load_keys();
         wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
-        const bool in_queries = Config::BAND && this->queries_nonfinite(step);
+        const bool in_queries = this->queries_nonfinite(step, true);
         const uint32 found = recompute_from(remove_nonfinite(step, in_queries));
         DqSums dq;
         load_dq(dq, tile_before(step));

@@ -105,8 +105,9 @@ struct BackwardConsumer {
     }
     // A non-finite value in a row of Q makes its lse non-finite, unless a softcap hides it, and one
     // in a row of dO its D. Every warp looks at all rows of the tile, so that all come to the same
-    // answer.
-    DEVICE bool queries_nonfinite(const Step& step) const {
+    // answer. They matter where the step is partial.
+    DEVICE bool queries_nonfinite(const Step& step, bool partial) const {
+        if (!Config::BAND || !partial) return false;
         bool found = false;
         if constexpr (Config::SOFTCAP) {
             const auto q = block.q_tile(step.stage());
@@ -167,7 +168,9 @@ struct BackwardConsumer {
     // Adds NaN to this consumer's parts of dQ where a query sees a non-finite value of K.
     DEVICE void spread_nonfinite_keys(const Step& step) const {
         const AttentionParams& params = block.params;
-        if constexpr (!Config::WHOLE_HEAD) block.rounding().wait_for_place(block.load_word(Block::NUMBER));
+        if constexpr (!Config::WHOLE_HEAD) {
+            block.rounding().wait_for_place(block.load_word(Block::NUMBER));
+        }
         const HeadIndex keys = block.key_head();
         const uint16* row = head_data<const uint16>(params.k, keys, keys.head) +
                             block.first_key * params.k.row;

@@ -244,7 +244,7 @@ struct Consumer : BackwardConsumer<Config> {
         store_scores(dp, block.ds_tile(stage));
         uint32 found = NOTHING;
         if (partial || step.first || this->found_in_keys) {
-            const bool in_queries = Config::BAND && partial && this->queries_nonfinite(step);
+            const bool in_queries = this->queries_nonfinite(step, partial);
             found = this->remove_nonfinite(step, in_queries);
         }
         return recompute_from(found);  // no second copy of all that follows

@@ -42,7 +42,8 @@ struct AttentionParams {
     Tensor dk;        // like k
     Tensor dv;        // like v
     Tensor dq_sum;    // where dQ adds up before it is rounded to q's type, see dq_sum.cuh
-    Tensor dq_turns;  // (*batch, heads, tiles, 2), int32, zeros: who adds next, see turns.cuh
+    // Hopper's backward only
+    Tensor dq_turns;   // (*batch, heads, tiles, 2), int32, zeros: who adds next, see turns.cuh
     Tensor dq_counts;  // (2, all key heads), int32, zeros, see hopper_dq_rounding.cuh
 
     int32 batch[BATCH_AXES];  // extents
@@ -57,10 +58,10 @@ struct AttentionParams {
     int32 band_low;
     int32 band_high;
     // Hopper's backward only
-    int32 dq_heads;  // key heads that dq_sum has a place for
-    int32 section;   // key heads whose tiles blocks take side by side, see head_tiles.cuh
-    int32 dq_lag;     // blocks from a share's computation to its rounding, and the pieces of the last
-    int32 dq_pieces;  // shares, see hopper_dq_rounding.cuh
+    int32 dq_heads;   // key heads that dq_sum has a place for
+    int32 section;    // key heads whose tiles blocks take side by side, see head_tiles.cuh
+    int32 dq_lag;     // blocks from a share's computation to its rounding, and the pieces of the
+    int32 dq_pieces;  // last shares, see hopper_dq_rounding.cuh
     Scalars<double> doubles;
     Scalars<float> floats;
 };

@@ -22,41 +22,46 @@ DEVICE double to_real(double x) {
     return x;
 }
 
-// Config has the Element type, HEAD_DIM_V, WARPS and ACCESS_BYTES. A few lanes of a warp share a
-// row; every element is read once.
-template <class Config>
+// A few lanes of a warp share a row; every element is read once. ACCESS_BYTES divides all rows.
+template <class T, int HEAD_DIM_V, int ACCESS_BYTES>
 struct RowDots {
-    using T = typename Config::Element;
     using Real = typename Mma<T>::Real;
-    static constexpr int ELEMENTS = Config::ACCESS_BYTES / sizeof(T);  // of one access
-    static constexpr int UNITS = Config::HEAD_DIM_V / ELEMENTS;        // of one row
-    static constexpr int LANES = largest_divisor(UNITS, WARP);         // of one row
-    static constexpr int ROWS = Config::THREADS / LANES;               // of a step
+    static constexpr int ELEMENTS = ACCESS_BYTES / sizeof(T);   // of one access
+    static constexpr int UNITS = HEAD_DIM_V / ELEMENTS;         // of one row
+    static constexpr int LANES = largest_divisor(UNITS, WARP);  // of one row
+    static constexpr int WARP_ROWS = WARP / LANES;              // side by side
 
     // Consecutive elements, loaded by one instruction.
-    struct alignas(Config::ACCESS_BYTES) Unit {
+    struct alignas(ACCESS_BYTES) Unit {
         T element[ELEMENTS];
     };
 
-    static DEVICE Real dot(const T* o, const T* do_, int cols) {
-        const int lane = threadIdx.x % LANES;
-        Real sum = 0;
+    static DEVICE int lane() {  // of a row
+        return threadIdx.x % LANES;
+    }
+    static DEVICE void add_products(Real& sum, const Unit& a, const Unit& b) {
 #pragma unroll
-        for (int unit = lane; unit < UNITS; unit += LANES) {
-            const int col = unit * ELEMENTS;
-            if (col >= cols) break;
-            const Unit a = *reinterpret_cast<const Unit*>(o + col);
-            const Unit b = *reinterpret_cast<const Unit*>(do_ + col);
-#pragma unroll
-            for (int i = 0; i < ELEMENTS; ++i) {
-                sum += to_real(a.element[i]) * to_real(b.element[i]);
-            }
-        }
+        for (int i = 0; i < ELEMENTS; ++i) sum += to_real(a.element[i]) * to_real(b.element[i]);
+    }
+    // Of the row's lanes.
+    static DEVICE Real add_lanes(Real sum) {
 #pragma unroll
         for (int step = LANES / 2; step > 0; step /= 2) {
             sum += __shfl_xor_sync(0xffffffff, sum, step);
         }
         return sum;
+    }
+
+    static DEVICE Real dot(const T* o, const T* do_, int cols) {
+        Real sum = 0;
+#pragma unroll
+        for (int unit = lane(); unit < UNITS; unit += LANES) {
+            const int col = unit * ELEMENTS;
+            if (col >= cols) break;
+            add_products(sum, *reinterpret_cast<const Unit*>(o + col),
+                         *reinterpret_cast<const Unit*>(do_ + col));
+        }
+        return add_lanes(sum);
     }
 
     // A row's terms, alike in all its lanes; those of a row that does not exist make P zero.
@@ -67,13 +72,12 @@ struct RowDots {
                              row_data<const T>(params.do_, index, row),
                              exists ? params.head_dim_v : 0);
         if (!exists) return {infinity<Real>(), 0};
-        const Real lse = *row_data<const Real>(params.lse, index, row);
         const Real dlse =
             params.dlse.data == nullptr ? 0 : *row_data<const Real>(params.dlse, index, row);
-        return {lse == -infinity<Real>() ? -lse : lse * static_cast<Real>(LOG2_E), sum - dlse};
+        return {to_log2(*row_data<const Real>(params.lse, index, row)), sum - dlse};
     }
-    static DEVICE bool is_first_lane() {  // of a row
-        return threadIdx.x % LANES == 0;
+    static DEVICE Real to_log2(Real lse) {
+        return lse == -infinity<Real>() ? -lse : lse * static_cast<Real>(LOG2_E);
     }
 
     template <class Element>

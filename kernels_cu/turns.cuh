@@ -6,21 +6,17 @@
 #pragma once
 #include "types.cuh"
 
-// Whether the counter has reached `turn`. If so, what other threads did before pass_turn is visible,
-// also to bulk additions that this thread starts afterwards.
-DEVICE bool is_turn(const int32* counter, int32 turn) {
-    int32 reached;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n"
-                 "fence.proxy.async.global;"
-                 : "=r"(reached)
-                 : "l"(__cvta_generic_to_global(counter))
-                 : "memory");
-    return reached >= turn;
-}
-// Until it has.
+// Until the counter has reached `turn`. What other threads did before pass_turn is visible then,
+// also to bulk copies and additions that this thread starts afterwards.
 DEVICE void wait_for_turn(const int32* counter, int32 turn) {
-    while (!is_turn(counter, turn)) {
-    }
+    int32 reached;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                     : "=r"(reached)
+                     : "l"(__cvta_generic_to_global(counter))
+                     : "memory");
+    } while (reached < turn);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // The counter's next turn. This thread's bulk additions have been waited for.

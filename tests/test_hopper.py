@@ -199,9 +199,10 @@ def test_which_calls_have_blocks_for_whole_heads(
 def test_every_backward_plan_compiles_without_spills(
     d: int, dv: int, mask: str, deterministic: bool
 ) -> None:
-    call = simple_call(1000, d, dv, **MASKS[mask])
-    for kernel, plan in backward_plans(call, deterministic).items():
-        check_compiles(plan, kernel)
+    for seqlen in (1000, 16384):
+        call = simple_call(seqlen, d, dv, **MASKS[mask])
+        for kernel, plan in backward_plans(call, deterministic).items():
+            check_compiles(plan, kernel)
 
 
 @pytest.mark.slow
@@ -227,6 +228,20 @@ def test_every_call_has_a_plan_that_fits(mask: str) -> None:
         consumers = plan.warps // 4 - 1
         threads = plan.producer_registers + consumers * plan.consumer_registers
         assert 128 * threads <= 65536
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_lengths_have_all_plans(mask: str) -> None:
+    def plan(seqlen_q: int, seqlen_k: int, head_dim: int) -> hopper.HopperForwardPlan:
+        q, k = (aligned((1, n, head_dim), BFLOAT16) for n in (seqlen_q, seqlen_k))
+        call = call_of(q, k, k, **MASKS[mask])
+        tickets = ("tickets",) if hopper.is_dynamic(call.problem) else ()
+        return hopper.plan_forward(HOPPER, call.problem, (*call.tensors, *tickets))
+
+    for head_dim in (64, 96, 128, 256):
+        known = {plan(*lengths, head_dim) for lengths in hopper.lengths()}
+        for seqlen_q, seqlen_k in itertools.product((2, 100, 256, 384, 1000, 1024, 4096), repeat=2):
+            assert plan(seqlen_q, seqlen_k, head_dim) in known
 
 
 def test_o_has_a_place_of_its_own_where_there_is_room() -> None:

@@ -57,17 +57,26 @@ def long_plans(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
+def four_consumers(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward plan of rows that fill its tiles for all others, too."""
+    rows = hopper.FORWARD_TILES[64, 64]
+    (chosen,) = (row._replace(most_waste=None) for row in rows if row.consumers == 4)
+    monkeypatch.setitem(hopper.FORWARD_TILES, (64, 64), [chosen, *rows])
+    forget_plans()
+
+
+@pytest.fixture
 def whole_heads(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plans of many short heads for a few of them: a block computes all gradients of one."""
     monkeypatch.setattr(hopper_backward, "LEAST_BUSY", 0)
     forget_plans()
 
 
-@pytest.fixture(params=["short", "long"])
+@pytest.fixture(params=[None, "long_plans", "four_consumers"])
 def plans(request: pytest.FixtureRequest) -> None:
-    """The plans of short sequences, and those of long ones."""
-    if request.param == "long":
-        request.getfixturevalue("long_plans")
+    """A call's own plans, and those of others."""
+    if request.param is not None:
+        request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -150,7 +159,7 @@ def test_equals_dense_softmax(forward: Run, name: str) -> None:
     assert_exact(case, forward(case))
 
 
-#: With a mask and of head dim 64: short sequences have two consumers there, long ones three.
+#: With a mask and of head dim 64: there two, three or four consumers share an item.
 MASKED = [
     name for name, case in CASES.items() if case[5] == 64 and {"causal", "window"} & case[-1].keys()
 ]
@@ -161,7 +170,12 @@ def test_masks_with_the_plans_of_long_sequences(long_plans: None, forward: Run, 
     test_equals_dense_softmax(forward, name)
 
 
-@pytest.mark.parametrize("seqlen", [127, 128, 129, 191, 192, 193, 256])
+@pytest.mark.parametrize("name", [*MASKED, "ragged ends", "consumers without rows"])
+def test_items_of_four_consumers(four_consumers: None, forward: Run, name: str) -> None:
+    test_equals_dense_softmax(forward, name)
+
+
+@pytest.mark.parametrize("seqlen", [127, 128, 129, 191, 192, 193, 255, 256, 257])
 def test_lengths_around_the_tiles(plans: None, forward: Run, seqlen: int) -> None:
     case = make_case((), 1, 1, seqlen, seqlen, 64, 64, FLOAT16, seed=seqlen, causal=True)
     assert_exact(case, forward(case))

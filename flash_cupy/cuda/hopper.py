@@ -6,6 +6,7 @@ backward kernels' are in hopper_backward.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -182,12 +183,15 @@ class ForwardTiles(NamedTuple):
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
     min_seqlen: int = 0  # of keys
+    most_waste: float | None = None  # rows that fill up the last tile, as a share of the queries
     l2_bytes: int = 8 << 20  # of K and V that blocks read at a time, where items are dynamic
 
-    def suits(self, seqlen_k: int, options: Mapping[str, bool]) -> bool:
+    def suits(self, problem: Problem, options: Mapping[str, bool]) -> bool:
         """Whether a call is one of those."""
+        waste = -problem.seqlen_q % (GROUP_ROWS * self.consumers) / problem.seqlen_q
         return (
-            seqlen_k >= self.min_seqlen
+            problem.seqlen_k >= self.min_seqlen
+            and (self.most_waste is None or waste <= self.most_waste)
             and (self.band or not options["band"])
             and (self.modified or not (options["softcap"] or options["alibi"]))
         )
@@ -196,7 +200,9 @@ class ForwardTiles(NamedTuple):
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (64, 64): [
-        ForwardTiles(128, 3, stages=3, modified=False, min_seqlen=1024, l2_bytes=16 << 20),
+        ForwardTiles(128, 3, stages=3, modified=False, min_seqlen=1280, l2_bytes=16 << 20),
+        ForwardTiles(128, 3, stages=3, modified=False, band=False, most_waste=0.1),
+        ForwardTiles(64, 4, stages=6, modified=False, most_waste=0.25, l2_bytes=16 << 20),
         ForwardTiles(128, 3, stages=3, modified=False, band=False),
         ForwardTiles(128, 2, modified=False),
         ForwardTiles(96, 3, l2_bytes=16 << 20),
@@ -225,8 +231,8 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
 }
 
 #: Registers of a thread of the first warpgroup and of a consumer, by the number of consumers: what
-#: a block is launched with, 168 for each of 384 threads or 128 for each of 512.
-REGISTERS = {2: (40, 232), 3: (32, 160)}
+#: a block is launched with, 168 for each of 384 threads, 128 for each of 512 or 96 for each of 640.
+REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
 
 #: K and V that the blocks read at a time, with items in a fixed order.
 STATIC_L2_BYTES = 1 << 20
@@ -243,7 +249,7 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
         for (head_dim, head_dim_v), rows in FORWARD_TILES.items()
         if problem.head_dim <= head_dim and problem.head_dim_v <= head_dim_v
         for row in rows
-        if row.suits(problem.seqlen_k, options)
+        if row.suits(problem, options)
     )
     producer_registers, consumer_registers = REGISTERS[row.consumers]
     dynamic = "tickets" in tensors
@@ -272,10 +278,15 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
     return apart if apart.shared_bytes <= card.shared_bytes else plan(o_over_q=True)
 
 
-def lengths() -> tuple[int, ...]:
-    """Return numbers of keys from which on calls may have other plans than with fewer keys."""
-    starts = {row.min_seqlen for rows in FORWARD_TILES.values() for row in rows}
-    return tuple(sorted({MIN_DYNAMIC_SEQLEN, *starts} - {0}))
+def lengths() -> tuple[tuple[int, int], ...]:
+    """Return numbers of queries and keys of calls that have all plans between them.
+
+    Two keys at least: with one, a causal mask would hide nothing and be dropped.
+    """
+    every = [row for rows in FORWARD_TILES.values() for row in rows]
+    queries = {2, *(GROUP_ROWS * row.consumers for row in every if row.most_waste is not None)}
+    keys = {2, MIN_DYNAMIC_SEQLEN, *(row.min_seqlen for row in every)} - {0}
+    return tuple(itertools.product(sorted(queries), sorted(keys)))
 
 
 def is_dynamic(problem: Problem) -> bool:

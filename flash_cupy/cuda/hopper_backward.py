@@ -109,36 +109,45 @@ class HopperBackwardPlan(HopperPlan):
         }
 
     def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
-        """Return one for every head, or for every tile of keys and key head, and some that round.
-
-        As `DqRounding::role` in kernels_cu/hopper_dq_rounding.cuh counts them.
-        """
+        """Return one for every head, or for every tile of keys and key head, and some that round."""
         if self.head_rows:
             return head_count(problem)
-        shares = ceil_div(problem.seqlen_k, self.tile_n) * key_head_count(problem)
-        counts = self.counts(problem, tensors)
-        periods = max(shares - counts["dq_lag"], 0) // self.warps
-        rest = shares - periods * self.warps
-        return shares + periods + ceil_div(rest * counts["dq_pieces"], self.warps)
+        return self.schedule(problem, tensors).blocks
 
     def counts(self, problem: Problem, tensors: Mapping[str, Array]) -> dict[str, int]:
         """Return the places of dq_sum, and when blocks take which key head and round which dQ."""
         if self.head_rows:
             return {}
+        counts = self.schedule(problem, tensors)._asdict()
+        del counts["blocks"]
+        return counts
+
+    def schedule(self, problem: Problem, tensors: Mapping[str, Array]) -> Schedule:
+        """Return what blocks do, as `DqRounding::role` in hopper_dq_rounding.cuh counts them."""
+        places, heads = sum_places(problem, tensors), key_head_count(problem)
         tiles = ceil_div(problem.seqlen_k, self.tile_n)
-        shares = tiles * key_head_count(problem)
-        places, section = sum_places(problem, tensors), section_heads(problem, self.tile_n)
-        lag = places * tiles // 2 // self.warps * self.warps
-        if places == key_head_count(problem):
-            lag = shares
-        periods = max(shares - lag, 0) // self.warps
-        rest = shares - periods * self.warps
-        return {
-            "dq_heads": places,
-            "section": section,
-            "dq_lag": lag,
-            "dq_pieces": ceil_div(LAST_ROUNDING_WARPS, rest),
-        }
+        shares = tiles * heads
+        lag = shares if places == heads else places * tiles // 2 // self.warps * self.warps
+        periods = (shares - lag) // self.warps
+        last = shares - periods * self.warps
+        pieces = ceil_div(LAST_ROUNDING_WARPS, last)
+        return Schedule(
+            blocks=shares + periods + ceil_div(last * pieces, self.warps),
+            dq_heads=places,
+            section=section_heads(problem, self.tile_n),
+            dq_lag=lag,
+            dq_pieces=pieces,
+        )
+
+
+class Schedule(NamedTuple):
+    """The blocks of a grid, and what they do: fields of `AttentionParams`."""
+
+    blocks: int
+    dq_heads: int
+    section: int
+    dq_lag: int
+    dq_pieces: int
 
 
 @dataclass(frozen=True)

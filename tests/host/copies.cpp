@@ -208,27 +208,31 @@ void load_bulk(unsigned shared, const void* global, unsigned bytes, unsigned bar
     });
 }
 
-void store_bulk(void* global, unsigned shared, unsigned bytes) {
-    const void* code = __builtin_return_address(0);
-    check_bulk("store_bulk", shared, global, bytes);
+// Calls copy(source), once both sides have been checked.
+template <class Copy>
+static void bulk_from_shared(const char* operation, const void* global, unsigned shared,
+                             unsigned bytes, Access access, const void* code, Copy copy) {
+    check_bulk(operation, shared, global, bytes);
     asynchronous.store([&](const Actor& reader, const Actor& writer) {
         const unsigned char* source = shared_pointer(shared);
         device_memory.check(source, bytes, Access::READ, reader, code);
-        device_memory.check(global, bytes, Access::WRITE, writer, code);
-        memcpy(global, source, bytes);
+        device_memory.check(global, bytes, access, writer, code);
+        copy(source);
     });
 }
 
+void store_bulk(void* global, unsigned shared, unsigned bytes) {
+    bulk_from_shared("store_bulk", global, shared, bytes, Access::WRITE,
+                     __builtin_return_address(0),
+                     [=](const unsigned char* source) { memcpy(global, source, bytes); });
+}
+
 void add_bulk(float* global, unsigned shared, unsigned bytes) {
-    const void* code = __builtin_return_address(0);
-    check_bulk("add_bulk", shared, global, bytes);
-    asynchronous.store([&](const Actor& reader, const Actor& writer) {
-        const unsigned char* source = shared_pointer(shared);
-        device_memory.check(source, bytes, Access::READ, reader, code);
-        device_memory.check(global, bytes, Access::ATOMIC, writer, code);
-        const auto* values = reinterpret_cast<const float*>(source);
-        for (size_t i = 0; i < bytes / sizeof(float); ++i) global[i] += values[i];
-    });
+    bulk_from_shared("add_bulk", global, shared, bytes, Access::ATOMIC,
+                     __builtin_return_address(0), [=](const unsigned char* source) {
+                         const auto* values = reinterpret_cast<const float*>(source);
+                         for (size_t i = 0; i < bytes / sizeof(float); ++i) global[i] += values[i];
+                     });
 }
 
 void commit_bulk() {
@@ -245,20 +249,15 @@ void wait_bulk(int pending, bool only_read) {
     if (!only_read) running_block->learn(self, self.bulk_writer, latest + 1);
 }
 
-bool is_turn(const int* counter, int turn) {
+void wait_for_turn(const int* counter, int turn) {
     // Not a read: it goes with the additions of others.
     device_memory.check(counter, sizeof *counter, Access::ATOMIC, 1u << lane(),
                         __builtin_return_address(0));
-    const bool reached = *counter >= turn;
-    if (reached) asynchronous.find_passed(counter);
-    return reached;
-}
-
-void wait_for_turn(const int* counter, int turn) {
-    if (!is_turn(counter, turn)) {
+    if (*counter < turn) {
         fail("deadlock: a block waits for turn %d, and after all blocks before it it is turn %d",
              turn, *counter);
     }
+    asynchronous.find_passed(counter);
 }
 
 void pass_turn(int* counter) {

@@ -105,7 +105,6 @@ void wait_bulk(int pending, bool only_read);
 void fence_async_shared();
 
 // Turns of blocks. Blocks run one after the other, so what one waits for has come or never comes.
-bool is_turn(const int* counter, int turn);
 void wait_for_turn(const int* counter, int turn);
 void pass_turn(int* counter);
 

@@ -5,8 +5,6 @@
 // Tells the worker to start the blocks in their order, as a GPU does.
 extern "C" const bool host_takes_turns = true;
 
-DEVICE bool is_turn(const int32* counter, int32 turn) { return host::is_turn(counter, turn); }
-
 DEVICE void wait_for_turn(const int32* counter, int32 turn) { host::wait_for_turn(counter, turn); }
 
 DEVICE void pass_turn(int32* counter) { host::pass_turn(counter); }
