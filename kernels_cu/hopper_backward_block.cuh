@@ -220,9 +220,14 @@ struct BackwardBlock {
     DEVICE uint32 address(Address tensor) const {
         return word(FIRST_ADDRESS + 2 * tensor);
     }
+    // Of a tensor that has all heads on one axis.
+    template <class Element>
+    DEVICE Element* first_head(const Tensor& tensor) const {
+        return static_cast<Element*>(tensor.data) + place.head * params.group * tensor.head;
+    }
     // By one thread, before all others start.
     DEVICE void store_head() const {
-        const HeadIndex keys = find_key_head(), first = query_head(keys, 0);
+        const HeadIndex keys = find_key_head();
         store_shared(word(NUMBER), place.head);
         store_shared(word(TILE), place.tile);
         store_shared(word(KEY_HEAD), keys.head);
@@ -230,11 +235,13 @@ struct BackwardBlock {
         for (int axis = 0; axis < BATCH_AXES; ++axis) {
             store_shared(word(KEY_HEAD + 1 + axis), keys.batch[axis]);
         }
-        store_shared(address(ROW_DOTS), head_data<float>(params.row_dots, first, first.head));
+        store_shared(address(ROW_DOTS), first_head<float>(params.row_dots));
         if constexpr (!Config::WHOLE_HEAD) {
             store_shared(address(DQ_SUM), rounding().sums(place.head));
         }
-        store_shared(address(DQ_TURNS), head_data<int32>(params.dq_turns, first, first.head));
+        if constexpr (Config::DETERMINISTIC) {
+            store_shared(address(DQ_TURNS), first_head<int32>(params.dq_turns));
+        }
     }
     // By another one.
     DEVICE void init_barriers() const {

@@ -38,13 +38,12 @@ struct RowDotsRun {
         const float *lse, *dlse;
         Pair* pairs;
 
-        DEVICE Head(const AttentionParams& params, const HeadIndex& index)
+        DEVICE Head(const AttentionParams& params, const HeadIndex& index, float* pairs)
             : o(head_data<const T>(params.o, index, index.head)),
               do_(head_data<const T>(params.do_, index, index.head)),
               lse(head_data<const float>(params.lse, index, index.head)),
               dlse(head_data<const float>(params.dlse, index, index.head)),
-              pairs(reinterpret_cast<Pair*>(
-                  head_data<float>(params.row_dots, index, index.head))) {}
+              pairs(reinterpret_cast<Pair*>(pairs)) {}
     };
 
     Unit o[STEPS][LANE_UNITS], do_[STEPS][LANE_UNITS];
@@ -147,8 +146,9 @@ DEVICE void clear_sums(const AttentionParams& params, uint32 head, int32 tile) {
         counts[head + threadIdx.x * params.dq_counts.row] = 0;
     }
 }
-DEVICE void clear_turns(const AttentionParams& params, const HeadIndex& index, int32 tile) {
-    clear(head_data<int32>(params.dq_turns, index, index.head) + tile * params.dq_turns.row,
+DEVICE void clear_turns(const AttentionParams& params, uint32 head, int32 tile) {
+    clear(static_cast<int32*>(params.dq_turns.data) + head * params.dq_turns.head +
+              tile * params.dq_turns.row,
           Config::CONSUMERS);
 }
 
@@ -156,9 +156,11 @@ DEVICE void clear_turns(const AttentionParams& params, const HeadIndex& index, i
 extern "C" __global__ void __launch_bounds__(Config::THREADS)
     hopper_row_dots(const __grid_constant__ AttentionParams params) {
     const uint32 tiles = ceil_div(params.seqlen_q, Config::TILE_M);
-    const HeadIndex index(params, blockIdx.x / tiles, params.heads);
+    const uint32 number = blockIdx.x / tiles;  // of the head
     const int32 tile = blockIdx.x % tiles;
-    const Run::Head head(params, index);
+    const Run::Head head(
+        params, HeadIndex(params, number, params.heads),
+        static_cast<float*>(params.row_dots.data) + number * params.row_dots.head);
 #pragma unroll 1
     for (int row = threadIdx.x / WARP * Run::ROWS; row < Config::TILE_M;
          row += Config::WARPS * Run::ROWS) {
@@ -166,6 +168,6 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
         run.load(params, head, tile * Config::TILE_M + row);
         run.store(params, head, tile * Config::TILE_M + row);
     }
-    if (params.dq_sum.data != nullptr) clear_sums(params, blockIdx.x / tiles, tile);
-    if (params.dq_turns.data != nullptr) clear_turns(params, index, tile);
+    if (params.dq_sum.data != nullptr) clear_sums(params, number, tile);
+    if (params.dq_turns.data != nullptr) clear_turns(params, number, tile);
 }

@@ -37,13 +37,14 @@ struct AttentionParams {
     // Backward only
     Tensor do_;       // like o
     Tensor dlse;      // like lse; data is null where no gradient of lse is asked for
-    Tensor row_dots;  // (*batch, heads, seqlen_q, 2): lse_i in base 2 and D_i, see row_terms.cuh
+    Tensor row_dots;  // (*batch, heads, seqlen_q, 2): lse_i in base 2 and D_i, see row_terms.cuh;
+                      // Hopper's: (all heads, rows of whole tiles, 2), of two rows side by side
     Tensor dq;        // like q
     Tensor dk;        // like k
     Tensor dv;        // like v
     Tensor dq_sum;    // where dQ adds up before it is rounded to q's type, see dq_sum.cuh
     // Hopper's backward only
-    Tensor dq_turns;   // (*batch, heads, tiles, 2), int32, zeros: who adds next, see turns.cuh
+    Tensor dq_turns;   // (all heads, tiles, 2), int32, zeros: who adds next, see turns.cuh
     Tensor dq_counts;  // (2, all key heads), int32, zeros, see hopper_dq_rounding.cuh
 
     int32 batch[BATCH_AXES];  // extents

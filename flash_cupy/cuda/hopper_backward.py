@@ -362,15 +362,15 @@ def workspace(
     Rows fill up whole tiles.
     """
     plan = choose_plan(card, problem, alibi, deterministic)
-    tiles = ceil_div(problem.seqlen_q, plan.tile_m)
-    heads, rows = problem.rows_shape[:-1], tiles * plan.tile_m
-    shapes: dict[str, tuple[int, ...]] = {"row_dots": (*heads, rows, 2)}
+    heads, tiles = head_count(problem), ceil_div(problem.seqlen_q, plan.tile_m)
+    rows = tiles * plan.tile_m
+    shapes: dict[str, tuple[int, ...]] = {"row_dots": (heads, rows, 2)}
     if not plan.head_rows:
         places = dq_places(card, problem, plan) * problem.group
         shapes["dq_sum"] = (places, rows, dq_columns(plan.head_dim))
         shapes["dq_counts"] = (2, key_head_count(problem))
     if plan.deterministic:
-        shapes["dq_turns"] = (*heads, tiles, plan.consumers)
+        shapes["dq_turns"] = (heads, tiles, plan.consumers)
     return shapes
 
 
