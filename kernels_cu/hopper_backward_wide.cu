@@ -205,8 +205,9 @@ struct Consumer : BackwardConsumer<Config> {
     // Adds dQ to dq_sum, in turns if need be.
     DEVICE void add_dq(const DqSums& dq, const Step& step) const {
         float* const sums = block.dq_sums(step) + Dq::at(thread(), 0);
-        int32* const counter = block.dq_turns(step) + index;
-        if constexpr (Config::DETERMINISTIC) wait_for_turn(counter, block.turn(step.tile));
+        if constexpr (Config::DETERMINISTIC) {
+            wait_for_turn(block.dq_turns(step) + index, block.turn(step.tile));
+        }
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
 #pragma unroll
@@ -218,7 +219,7 @@ struct Consumer : BackwardConsumer<Config> {
         }
         if constexpr (Config::DETERMINISTIC) {
             sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-            if (leads()) pass_turn(counter);
+            if (leads()) pass_turn(block.dq_turns(step) + index);
         }
     }
 

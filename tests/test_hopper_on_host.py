@@ -17,6 +17,8 @@ from strategies import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, LAYOUTS, Case, make_
 import flash_cupy
 from flash_cupy.cuda import force_family, hopper, hopper_backward
 from flash_cupy.cuda.engine import CudaEngine
+from flash_cupy.cuda.plan import Card
+from flash_cupy.problem import Problem
 
 Run = Callable[..., tuple[np.ndarray, ...]]
 
@@ -265,6 +267,66 @@ def test_plans_of_long_sequences(
 ) -> None:
     case = make_case((), 2, 1, 250, 300, 128, 128, BFLOAT16, seed=3, **mask)
     assert_exact(case, both(case, deterministic))
+
+
+@pytest.fixture
+def few_places(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sections of few tiles, so that dq_sum has places for a part of some dozens of heads."""
+    dq_places = hopper_backward.dq_places
+
+    def checked(card: Card, problem: Problem, plan: hopper_backward.HopperBackwardPlan) -> int:
+        places = dq_places(card, problem, plan)
+        assert places < hopper_backward.key_head_count(problem)
+        return places
+
+    monkeypatch.setattr(hopper_backward, "SHORT_SECTION_BLOCKS", 2)
+    monkeypatch.setattr(hopper_backward, "dq_places", checked)
+    forget_plans()
+
+
+#: More key heads than dq_sum has places for. As above.
+REUSED_PLACES: dict[str, tuple[Any, ...]] = {
+    "a tile a head": ((3,), 12, 12, 20, 30, 128, 128, FLOAT16, {}, False),
+    "a tile a head, masked": ((3,), 14, 14, 70, 60, 64, 64, BFLOAT16, {"causal": True}, False),
+    "several tiles": ((2,), 10, 10, 40, 300, 64, 64, FLOAT16, {}, True),
+    "several tiles, masked": (
+        (2,),
+        10,
+        10,
+        130,
+        200,
+        128,
+        128,
+        BFLOAT16,
+        {"window": (90, 9)},
+        True,
+    ),
+    "groups": ((3,), 26, 13, 20, 30, 128, 128, FLOAT16, {"softcap": 3.0}, True),
+    "narrow heads": ((3,), 12, 12, 20, 30, 72, 100, FLOAT16, {"alibi": True}, False),
+    "wide heads": ((3,), 12, 12, 20, 50, 256, 256, BFLOAT16, {}, False),
+    "other head dim of v": ((3,), 15, 15, 20, 90, 192, 128, FLOAT16, {"causal": True}, True),
+}
+
+
+@pytest.mark.parametrize("name", REUSED_PLACES)
+def test_places_that_are_used_again(few_places: None, both: Run, name: str) -> None:
+    *shape, dtype, options, deterministic = REUSED_PLACES[name]
+    case = make_case(*shape, dtype, seed=4, **options)
+    assert_exact(case, both(case, deterministic))
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_nan_in_places_that_are_used_again(few_places: None, both: Run, head_dim: int) -> None:
+    """It stays with its head."""
+    case = make_case((), 40, 40, 20, 30, head_dim, head_dim, FLOAT16, seed=4, causal=True)
+    clean = both(case)
+    k = case.k.copy()
+    k[3, 29, 5] = np.nan
+    spoilt = both(replace(case, k=k))
+    assert np.isnan(spoilt[2][3, 19, 5])
+    others = np.arange(40) != 3
+    for x, y in zip(spoilt, clean, strict=True):
+        np.testing.assert_array_equal(x[others], y[others])
 
 
 #: Without groups, softcap and slopes; up to 512 queries.

@@ -223,7 +223,7 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
         ForwardTiles(96, 2, l2_bytes=16 << 20),
     ],
     (256, 256): [
-        ForwardTiles(80, 2, band=False, modified=False),
+        ForwardTiles(80, 2, band=False, modified=False, min_seqlen=1024),
         ForwardTiles(80, 2, pingpong=False, modified=False, min_seqlen=2048, l2_bytes=32 << 20),
         ForwardTiles(64, 2, modified=False, l2_bytes=32 << 20),
         ForwardTiles(48, 2, l2_bytes=32 << 20),

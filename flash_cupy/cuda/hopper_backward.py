@@ -109,7 +109,7 @@ class HopperBackwardPlan(HopperPlan):
         }
 
     def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
-        """Return one for every head, or for every tile of keys and key head, and some that round."""
+        """Return one for every head, or for every key head's tile of keys and some that round."""
         if self.head_rows:
             return head_count(problem)
         return self.schedule(problem, tensors).blocks
