@@ -302,7 +302,7 @@ REUSED_PLACES: dict[str, tuple[Any, ...]] = {
         True,
     ),
     "groups": ((3,), 26, 13, 20, 30, 128, 128, FLOAT16, {"softcap": 3.0}, True),
-    "narrow heads": ((3,), 12, 12, 20, 30, 72, 100, FLOAT16, {"alibi": True}, False),
+    "narrow heads": ((3,), 12, 12, 20, 30, 72, 104, FLOAT16, {"alibi": True}, False),
     "wide heads": ((3,), 12, 12, 20, 50, 256, 256, BFLOAT16, {}, False),
     "other head dim of v": ((3,), 15, 15, 20, 90, 192, 128, FLOAT16, {"causal": True}, True),
 }
