@@ -210,9 +210,7 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (96, 96): [ForwardTiles(144, 2)],
     (128, 128): [
         ForwardTiles(176, 2, band=False, modified=False, min_seqlen=4096),
-        ForwardTiles(128, 2, min_seqlen=1024),
-        ForwardTiles(128, 2, band=False),
-        ForwardTiles(64, 2, stages=4),
+        ForwardTiles(128, 2),
     ],
     (192, 128): [
         ForwardTiles(128, 2, modified=False, l2_bytes=16 << 20),
