@@ -35,9 +35,9 @@
 //
 // Lower case: mbarriers, one for each stage; upper case: named barriers. dQ takes the dS of both
 // consumers. As it is computed a step late, they need not be in step: while one computes
-// exponentials, the other multiplies. Where EARLY_EXPONENTIALS is not set, P is computed behind both
-// products, with dS, and the product for dV may be issued before dS is stored (DV_FIRST). A consumer
-// of whose keys no query of the step sees any stores zeros for dS and computes dQ alone.
+// exponentials, the other multiplies. Where EARLY_EXPONENTIALS is not set, P is computed behind
+// both products, with dS, and the product for dV may be issued before dS is stored (DV_FIRST). A
+// consumer of whose keys no query of the step sees any stores zeros for dS and computes dQ alone.
 //
 // WHOLE_HEAD: there are no writers, as a consumer adds its part of dQ to words of its own, and no
 // order in which blocks would have to add. dK and dV leave by way of dS, and the producer loads the
@@ -69,7 +69,9 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
     static constexpr int WEIGHT_STAGES = STAGES;               // of dS
     static constexpr int DQ_PARTS = CONSUMERS;
-    static constexpr bool CONSUMERS_DIFFER = BAND && TILE_M == 64;  // see sees_nothing
+    // Whether they leave out products of which they see nothing. With more queries a step that is
+    // too rare to pay for the branch.
+    static constexpr bool CONSUMERS_DIFFER = BAND && TILE_M == 64;
     static constexpr bool WIDE = false;
     static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;  // before the wait for dP
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
@@ -261,7 +263,7 @@ struct Consumer : GradientConsumer<Config> {
         }
     }
 
-    // Which of a lane's queries, in the order of its accumulators, see its key + 8r: a bit for each.
+    // Which of a lane's queries, in the order of its accumulators, see its key + 8r: a bit each.
     DEVICE uint32 seen(const Step& step, int r) const {
         const auto rows = score.rows(lane_key() + 8 * r);
         const int32 start = lane_query(step.tile);
@@ -469,9 +471,9 @@ struct Consumer : GradientConsumer<Config> {
     }
 
     // Whether no query of a step sees a key of this consumer, as in half of the first steps under a
-    // causal mask. With more queries a step that is too rare to pay for the branch.
+    // causal mask.
     DEVICE bool sees_nothing(const Step& step) const {
-        if (!Config::BAND || TILE_M != 64) return false;
+        if (!Config::CONSUMERS_DIFFER) return false;
         const int32 key = block.first_key + first_row(), query = step.tile * TILE_M;
         return key >= block.params.seqlen_k || key > query + TILE_M - 1 + score.band.high ||
                key + 63 < query + score.band.low;

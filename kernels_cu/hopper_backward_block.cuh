@@ -80,8 +80,8 @@ struct BackwardBlock {
 
     // Words of 4 bytes, behind the barriers: what the inspectors have found in K, and what one
     // thread finds out for all, by several divisions, as registers are short: where the group's
-    // first query head begins in some tensors, and the key head's index. The compiler loads
-    // neighbours together, so what changes stands apart.
+    // first query head begins in some tensors, the key head's index and number, and the tile. The
+    // compiler loads neighbours together, so what changes stands apart.
     enum Address { ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
     enum Word {
         FOUND,

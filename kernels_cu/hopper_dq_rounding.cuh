@@ -1,16 +1,20 @@
-// From dq_sum to dq, on Hopper: blocks of the main kernel's grid that scale and round sums which are
-// complete, while others compute.
+// From dq_sum to dq, on Hopper: blocks of the main kernel's grid that scale and round sums which
+// are complete, while others compute.
 //
-// A block that computes stands for a share of its key head's dQ: as many parts of tiles as there are
-// for each of the head's tiles of keys. A warp rounds a share: after every WARPS blocks that
+// A block that computes stands for a share of its key head's dQ: as many parts of tiles as there
+// are for each of the head's tiles of keys. A warp rounds a share: after every WARPS blocks that
 // compute comes one that rounds as many shares, of blocks dq_lag before. The last shares, in
 // dq_pieces each, are rounded by blocks at the end of the grid.
 //
-// dq_sum has places for params.dq_heads key heads (with the query heads of their groups), some tens
-// of MB, which stay in L2: head h adds up where head h - dq_heads did, whose sums were rounded and
-// set to zero. Nobody waits for a block of a higher index (see turns.cuh): a share's head ends in
-// the section in which it begins, which has at most dq_lag blocks (see head_tiles.cuh), and the places
-// are whole sections, one and twice dq_lag.
+// dq_sum has places for params.dq_heads key heads (with the query heads of their groups), which of
+// short rows are some tens of MB and stay in L2: head h adds up where head h - dq_heads did, whose
+// sums were rounded and set to zero.
+//
+// Nobody waits for a block of a higher index (see turns.cuh). A share is rounded when its head is
+// complete: all of the head is in its section (see head_tiles.cuh), and a section has at most
+// dq_lag + 1 blocks. A place is used when all its shares have been rounded: the places are whole
+// sections, with as many blocks at least as dq_lag, a section and WARPS have together. So shares
+// that are rounded in pieces are the last ones of their places, which nobody waits for.
 #pragma once
 #include "types.cuh"
 #include "ptx.cuh"
@@ -55,7 +59,7 @@ struct DqRounding {
 
     DEVICE BackwardRole role(uint32 block) const {
         const uint32 shares = key_heads() * key_tiles();
-        const uint32 lag = min(static_cast<uint32>(params.dq_lag), shares);
+        const uint32 lag = params.dq_lag;
         if (block < lag) return {true, block};
         block -= lag;
         const uint32 periods = (shares - lag) / WARPS;
@@ -98,8 +102,8 @@ struct DqRounding {
 
     // ---- rounding -------------------------------------------------------------------------------
 
-    // A warp loads RUN eights of its share at a time, into one of two stages. In shared memory stand
-    // zeros for all, each warp's stages, and their barriers.
+    // A warp loads RUN eights of its share at a time, into one of two stages. In shared memory
+    // stand zeros for all, each warp's stages, and their barriers.
     static constexpr int RUN = 2;
     static constexpr int EIGHT_BYTES = WARPGROUP * static_cast<int>(sizeof(Four));
     static constexpr int RUN_BYTES = RUN * EIGHT_BYTES;
@@ -136,14 +140,23 @@ struct DqRounding {
         }
     }
 
+    // Which of `count` things belong to one of some owners: neighbours, as many for each or one
+    // more.
+    struct Range {
+        uint32 begin, end;
+    };
+    static DEVICE Range range_of(uint32 owner, uint32 owners, uint32 count) {
+        const uint32 some = count / owners, more = count % owners;
+        const uint32 begin = owner * some + min(owner, more);
+        return {begin, begin + some + (owner < more ? 1 : 0)};
+    }
+
     // By a warp.
     DEVICE void round_piece(const HeadTile& share, uint32 piece, uint32 pieces) const {
-        const uint32 parts = params.group * head_parts(), some = parts / key_tiles();
-        const uint32 more = parts % key_tiles();  // shares that have one more
-        const uint32 first = (share.tile * some + min(share.tile, more)) * EIGHTS;
-        const uint32 count = (some + (share.tile < more ? 1 : 0)) * EIGHTS;
-        const uint32 begin = first + count * piece / pieces;
-        const uint32 end = first + count * (piece + 1) / pieces;
+        const Range parts = range_of(share.tile, key_tiles(), params.group * head_parts());
+        const uint32 first = parts.begin * EIGHTS, count = parts.end * EIGHTS - first;
+        const Range own = range_of(piece, pieces, count);
+        const uint32 begin = first + own.begin, end = first + own.end;
         Four* const sums = reinterpret_cast<Four*>(this->sums(share.head));
         const HeadIndex head(params, share.head * params.group, params.heads);
         T* const dq = head_data<T>(params.dq, head, head.head);
@@ -173,17 +186,20 @@ struct DqRounding {
         }
     }
 
+    static DEVICE Four* at(Four* sums, uint32 eight) {
+        return sums + static_cast<uint64>(eight) * WARPGROUP;
+    }
     // One thread: what there is of a run.
     static DEVICE uint32 run_bytes(uint32 eight, uint32 end) {
         return min(end - eight, static_cast<uint32>(RUN)) * EIGHT_BYTES;
     }
-    DEVICE void load(const Four* sums, uint32 eight, uint32 end, int stage) const {
+    DEVICE void load(Four* sums, uint32 eight, uint32 end, int stage) const {
         if (eight >= end) return;
         arrive_expecting(full(stage), run_bytes(eight, end));
-        load_bulk(run(stage), sums + eight * WARPGROUP, run_bytes(eight, end), full(stage));
+        load_bulk(run(stage), at(sums, eight), run_bytes(eight, end), full(stage));
     }
     DEVICE void clear(Four* sums, uint32 eight, uint32 end) const {
-        store_bulk(sums + eight * WARPGROUP, zeros(), run_bytes(eight, end));
+        store_bulk(at(sums, eight), zeros(), run_bytes(eight, end));
         commit_bulk();
     }
 

@@ -27,10 +27,11 @@ struct RowDotsRun {
     // Of rows side by side: 16 accesses of a lane, or fewer, so that every warp has rows.
     static constexpr int TILE_STEPS = Config::TILE_M / Dots::WARP_ROWS;
     static constexpr int MOST = 8 / LANE_UNITS, SHARE = TILE_STEPS / Config::WARPS;
-    static constexpr int STEPS = largest_divisor(TILE_STEPS, MOST < SHARE ? MOST : SHARE);
+    static constexpr int STEPS =
+        largest_divisor(TILE_STEPS, floor_power_of_two(MOST < SHARE ? MOST : SHARE));
     static constexpr int ROWS = STEPS * Dots::WARP_ROWS;
     static constexpr int SHARERS = Dots::LANES / STEPS;  // lanes that get the sum of one row
-    static_assert(SHARERS >= 1 && Config::TILE_M % ROWS == 0);
+    static_assert(Dots::LANES % STEPS == 0 && Config::TILE_M % ROWS == 0);
 
     // Where the rows of a query head begin.
     struct Head {

@@ -88,8 +88,8 @@ DEVICE bool any_nonfinite(Operands<Element, THREADS, BYTES> operands, Operand<Ti
     }
 }
 
-// Sets the non-finite values of a tile to 0. All threads of the block take part, barriers lie before
-// and after it.
+// Sets the non-finite values of a tile to 0. All threads of the block take part, barriers lie
+// before and after it.
 template <int THREADS, class Tile>
 DEVICE void remove_nonfinite(Tile tile) {
     __syncthreads();
@@ -108,8 +108,8 @@ DEVICE void remove_nonfinite(Tile tile) {
 }
 
 // Sets to NaN what sees a non-finite value in the product acc += weights (M x K) tile (K x N):
-// acc[m][n] of a warp where sees(row of weights, row of the tile) holds for such a value. The tile is
-// as it was loaded, not split.
+// acc[m][n] of a warp where sees(row of weights, row of the tile) holds for such a value. The tile
+// is as it was loaded, not split.
 template <class Tile, class Real, int ROW_BLOCKS, int COL_BLOCKS, class Sees>
 DEVICE void spread_nonfinite(Accumulator<Real> (&acc)[ROW_BLOCKS][COL_BLOCKS], Tile tile,
                              Sees sees) {

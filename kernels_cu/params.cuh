@@ -42,9 +42,10 @@ struct AttentionParams {
     Tensor dq;        // like q
     Tensor dk;        // like k
     Tensor dv;        // like v
-    Tensor dq_sum;    // where dQ adds up before it is rounded to q's type, see dq_sum.cuh
+    Tensor dq_sum;    // where dQ adds up before it is rounded to q's type, see dq_sum.cuh;
+                      // Hopper's: (places of heads, rows, columns), see hopper_dq_sum.cuh
     // Hopper's backward only
-    Tensor dq_turns;   // (all heads, tiles, 2), int32, zeros: who adds next, see turns.cuh
+    Tensor dq_turns;   // (all heads, tiles, consumers), int32, zeros: who adds next, see turns.cuh
     Tensor dq_counts;  // (2, all key heads), int32, zeros, see hopper_dq_rounding.cuh
 
     int32 batch[BATCH_AXES];  // extents

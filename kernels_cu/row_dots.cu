@@ -37,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS)
     const HeadIndex index(params, blockIdx.x / row_tiles, params.heads);
     const int32 first_row = blockIdx.x % row_tiles * Config::TILE_M;
 #pragma unroll 1
-    for (int i = threadIdx.x / Dots::LANES; i < Config::TILE_M; i += Config::THREADS / Dots::LANES) {
+    for (int i = threadIdx.x / Dots::LANES; i < Config::TILE_M;
+         i += Config::THREADS / Dots::LANES) {
         const int32 row = first_row + i;
         clear_dq_sum<Dots>(params, index, row);
         const auto terms = Dots::terms(params, index, row);

@@ -30,6 +30,11 @@ DEVICE constexpr int largest_divisor(int n, int most) {
     return n % most == 0 ? most : largest_divisor(n, most / 2);
 }
 
+// The largest power of two up to n.
+DEVICE constexpr int floor_power_of_two(int n) {
+    return n < 2 ? 1 : 2 * floor_power_of_two(n / 2);
+}
+
 // Which part of a tile a thread copies when rows move in units of BYTES: neighbouring threads take
 // neighbouring units of a line, up to 128 bytes of a row, and stride over lines and rows.
 template <class Tile, int THREADS, int BYTES>

@@ -71,8 +71,8 @@ DEVICE void load_bulk(uint32 shared, const void* global, uint32 bytes, uint32 ba
 // evict_last for all accesses.
 constexpr uint64 KEEP_IN_L2 = 0x14f0000000000000;
 
-// Consecutive bytes from shared memory, in this thread's current bulk group; addresses and count are
-// multiples of 16.
+// Consecutive bytes from shared memory, in this thread's current bulk group; addresses and count
+// are multiples of 16.
 DEVICE void store_bulk(void* global, uint32 shared, uint32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::
                      "l"(__cvta_generic_to_global(global)),

@@ -1,6 +1,7 @@
-// Blocks that take turns, through counters in global memory: a fixed order of additions. Nobody
-// waits for a block of a higher index, so all come to their turn as long as blocks start in the
-// order of their indices, which GPUs do, though CUDA does not promise it.
+// Blocks that wait for each other, through counters in global memory: to add in a fixed order, to
+// round what others have added, and to use memory again. Nobody waits for a block of a higher
+// index, so all come to their turn as long as blocks start in the order of their indices, which
+// GPUs do, though CUDA does not promise it.
 //
 // tests/host/turns.cuh implements the same functions in plain C++.
 #pragma once

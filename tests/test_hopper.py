@@ -192,6 +192,69 @@ def test_which_calls_have_blocks_for_whole_heads(
         assert list(workspace) == ["row_dots", "dq_sum", "dq_counts", *["dq_turns"] * deterministic]
 
 
+def role(block: int, shares: int, warps: int, counts: dict[str, int]) -> tuple[bool, list[Any]]:
+    """The share that a block computes, or (share, piece) that it rounds: `DqRounding::role`."""
+    lag, pieces = counts["dq_lag"], counts["dq_pieces"]
+    periods = (shares - lag) // warps
+    if block < lag:
+        return True, [block]
+    period, place = divmod(block - lag, warps + 1)
+    if period < periods:
+        first = period * warps
+        return (
+            (True, [lag + first + place])
+            if place < warps
+            else (False, [(first + warp, 0) for warp in range(warps)])
+        )
+    rest = block - lag - periods * (warps + 1)
+    if rest < shares - lag - periods * warps:
+        return True, [lag + periods * warps + rest]
+    first = (rest - (shares - lag - periods * warps)) * warps
+    rounded = (divmod(piece, pieces) for piece in range(first, first + warps))
+    return False, [
+        (periods * warps + n, piece) for n, piece in rounded if periods * warps + n < shares
+    ]
+
+
+def share_place(share: int, tiles: int, heads: int, section: int) -> int:
+    """The head of `nth_head_tile` in kernels_cu/head_tiles.cuh."""
+    first = share // (section * tiles) * section
+    return first + (share - first * tiles) % min(section, heads - first)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+def test_no_block_waits_for_a_later_one(head_dim: int, causal: bool, multiprocessors: int) -> None:
+    """Shares are computed, and rounded once, when complete; places are free when they are used."""
+    card = HOPPER._replace(multiprocessors=multiprocessors)
+    for heads, seqlen in itertools.product((1, 7, 40, 130), (1, 150, 700, 3000)):
+        call = many_heads_call(heads, seqlen, head_dim, causal=causal)
+        shapes = hopper_backward.workspace(card, call.problem, False, False)
+        tensors = {"dq_sum": np.broadcast_to(np.float32(), shapes["dq_sum"])}
+        plan = hopper_backward.choose_plan(card, call.problem, False, False)
+        blocks, counts = plan.schedule(call.problem, tensors)
+        tiles, places = -(-seqlen // plan.tile_n), counts["dq_heads"]
+        shares = heads * tiles
+        added, freed = [0] * heads, [0] * heads
+        computed, rounded = [], []
+        for block in range(blocks):
+            computes, work = role(block, shares, plan.warps, counts)
+            numbers = work if computes else [number for number, _ in work]
+            for number in numbers:
+                head = share_place(number, tiles, heads, counts["section"])
+                if computes:
+                    assert head < places or freed[head - places] == tiles
+                    added[head] += 1
+                else:
+                    assert added[head] == tiles
+                    freed[head] += 1
+            (computed if computes else rounded).extend(work)
+        assert computed == list(range(shares))
+        assert len(rounded) == len(set(rounded))
+        assert {number for number, _ in rounded} == set(range(shares))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("mask", MASKS)

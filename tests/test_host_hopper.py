@@ -132,10 +132,11 @@ def test_store_box(machine: Machine, tensor: NDArray, col: int, row: int) -> Non
 def test_bulk_copies(machine: Machine, rng: np.random.Generator) -> None:
     """Two blocks add what they have loaded, to the same place and each to one of its own."""
     x = rng.integers(-8, 8, (2, 256)).astype(np.float32)
-    total, own = (machine.asarray(np.ones(n, np.float32)) for n in (256, (2, 256)))
+    shapes = 256, (2, 256), (2, 256)
+    total, own, copy = (machine.asarray(np.ones(shape, np.float32)) for shape in shapes)
     run(
         machine,
-        "const float* x, float* total, float* own",
+        "const float* x, float* total, float* own, float* copy",
         """
         const uint32 shared = shared_address(dynamic_shared_memory()), barrier = shared + 1024;
         if (threadIdx.x == 0) {
@@ -148,6 +149,7 @@ def test_bulk_copies(machine: Machine, rng: np.random.Generator) -> None:
             add_bulk(total, shared, 1024);
             commit_bulk();
             add_bulk(own + 256 * blockIdx.x, shared, 1024);
+            store_bulk(copy + 256 * blockIdx.x, shared, 1024);
             commit_bulk();
             wait_bulk_read<1>();
             wait_bulk<0>();
@@ -156,11 +158,38 @@ def test_bulk_copies(machine: Machine, rng: np.random.Generator) -> None:
         machine.asarray(x),
         total,
         own,
+        copy,
         grid=2,
         shared_mem=1040,
     )
     np.testing.assert_array_equal(total.get(), 1 + x.sum(0))
     np.testing.assert_array_equal(own.get(), 1 + x)
+    np.testing.assert_array_equal(copy.get(), x)
+
+
+#: A block adds the value of the one before, and that of the first.
+BLOCK_AFTER_BLOCK = """
+    const int block = blockIdx.x;
+    if (threadIdx.x == 0) {
+        if (block > 0 && waits) wait_for_turn(turns + block - 1, 1);
+        x[block] = block == 0 ? 1 : x[block - 1] + x[0];
+        pass_turn(turns + block);
+    }
+"""
+
+
+def test_turns_order_blocks(machine: Machine) -> None:
+    """Also those that come before the one which a block has waited for."""
+    x, turns = (machine.asarray(np.zeros(4, np.int32)) for _ in range(2))
+    run(machine, "int* x, int* turns, bool waits", BLOCK_AFTER_BLOCK, x, turns, True, grid=4)
+    np.testing.assert_array_equal(x.get(), [1, 2, 3, 4])
+    np.testing.assert_array_equal(turns.get(), 1)
+
+
+def test_blocks_without_turns_race(device: HostDevice) -> None:
+    x, turns = (device.asarray(np.zeros(4, np.int32)) for _ in range(2))
+    with pytest.raises(HostKernelError, match=r"race: read of .*\n.* of another block"):
+        run(device, "int* x, int* turns, bool waits", BLOCK_AFTER_BLOCK, x, turns, False, grid=4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

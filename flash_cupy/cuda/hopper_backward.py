@@ -112,18 +112,16 @@ class HopperBackwardPlan(HopperPlan):
         """Return one for every head, or for every key head's tile of keys and some that round."""
         if self.head_rows:
             return head_count(problem)
-        return self.schedule(problem, tensors).blocks
+        return self.schedule(problem, tensors)[0]
 
     def counts(self, problem: Problem, tensors: Mapping[str, Array]) -> dict[str, int]:
         """Return the places of dq_sum, and when blocks take which key head and round which dQ."""
-        if self.head_rows:
-            return {}
-        counts = self.schedule(problem, tensors)._asdict()
-        del counts["blocks"]
-        return counts
+        return {} if self.head_rows else self.schedule(problem, tensors)[1]
 
-    def schedule(self, problem: Problem, tensors: Mapping[str, Array]) -> Schedule:
-        """Return what blocks do, as `DqRounding::role` in hopper_dq_rounding.cuh counts them."""
+    def schedule(
+        self, problem: Problem, tensors: Mapping[str, Array]
+    ) -> tuple[int, dict[str, int]]:
+        """Return the number of blocks, and what kernels_cu/hopper_dq_rounding.cuh needs of them."""
         places, heads = sum_places(problem, tensors), key_head_count(problem)
         tiles = ceil_div(problem.seqlen_k, self.tile_n)
         shares = tiles * heads
@@ -131,23 +129,12 @@ class HopperBackwardPlan(HopperPlan):
         periods = (shares - lag) // self.warps
         last = shares - periods * self.warps
         pieces = ceil_div(LAST_ROUNDING_WARPS, last)
-        return Schedule(
-            blocks=shares + periods + ceil_div(last * pieces, self.warps),
-            dq_heads=places,
-            section=section_heads(problem, self.tile_n),
-            dq_lag=lag,
-            dq_pieces=pieces,
-        )
-
-
-class Schedule(NamedTuple):
-    """The blocks of a grid, and what they do: fields of `AttentionParams`."""
-
-    blocks: int
-    dq_heads: int
-    section: int
-    dq_lag: int
-    dq_pieces: int
+        return shares + periods + ceil_div(last * pieces, self.warps), {
+            "dq_heads": places,
+            "section": section_heads(problem, self.tile_n),
+            "dq_lag": lag,
+            "dq_pieces": pieces,
+        }
 
 
 @dataclass(frozen=True)
@@ -308,8 +295,8 @@ LAST_ROUNDING_WARPS = 1536
 
 #: Tiles of keys in a section of heads whose tiles blocks take side by side, the longest first:
 #: about as many as run at a time; fewer of short heads, whose dQ then stays in L2.
-SECTION_BLOCKS = 128
-SHORT_SECTION_BLOCKS = 32
+SECTION_TILES = 128
+SHORT_SECTION_TILES = 32
 SHORT_HEAD_TILES = 8
 
 
@@ -403,7 +390,7 @@ def section_heads(problem: Problem, tile_n: int) -> int:
         return 1
     tiles = ceil_div(problem.seqlen_k, tile_n)
     short = tiles <= SHORT_HEAD_TILES
-    return ceil_div(SHORT_SECTION_BLOCKS if short else SECTION_BLOCKS, tiles)
+    return ceil_div(SHORT_SECTION_TILES if short else SECTION_TILES, tiles)
 
 
 def dq_places(card: Card, problem: Problem, plan: HopperBackwardPlan) -> int:

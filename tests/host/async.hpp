@@ -58,7 +58,8 @@ public:
     size_t landing() const { return landing_.size(); }
     void land(size_t index);
     // A counter that the running block has passed on, or found passed on: it comes after all blocks
-    // that did so before, and after those that they come after.
+    // that did so before, and after those that they come after. All of a block counts: what it does
+    // after it has passed a counter on, and what threads do that have not found it passed on.
     void pass(const int* counter);
     void find_passed(const int* counter);
     bool comes_after(uint32_t block) const { return before_.count(block) > 0; }
