@@ -13,10 +13,9 @@ struct HeadTile {
 // first are the longest, and a section has enough tiles for all blocks that run at a time, so that
 // the blocks which end last are short ones.
 DEVICE HeadTile nth_head_tile(uint32 number, uint32 tiles, uint32 heads, uint32 section) {
-    if (section == 1) return {number / tiles, number % tiles};
     const uint32 first = number / (section * tiles) * section;
     const uint32 rest = number - first * tiles;
-    const uint32 wide = min(section, heads - first);
+    const uint32 wide = section == 1 ? 1 : min(section, heads - first);
     return {first + rest % wide, rest / wide};
 }
 
