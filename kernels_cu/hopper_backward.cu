@@ -17,7 +17,7 @@
 //
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers 1, 2, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S(i); issue dP(i)
-//                        K, V with the first, or keys_full  |   wait S(i); P(i)
+//                        K ============= keys_full =======> |   wait S(i); P(i)
 //   warps   inspectors   K, once ======== inspected ======> |   wait dP(i); dS(i)
 //   1 to 3  (BAND only)                                     |   dS(i) to shared memory
 //                                                           |      == ds_full =======> both
@@ -48,10 +48,10 @@
 // bounds them.
 //
 // Non-finite values, see nonfinite.cuh, matter in tiles of which some query does not see some key.
-// Those of Q and dO show in the row terms, for K there are inspectors. Where there are any in Q or
-// dO, the consumers take them out after S and dP, and set to NaN what sees them when the step is
-// done; where in K, they take them out in every step (or once, from registers), and add NaN to
-// dq_sum. Missing queries and keys need no inspection: TMA fills up with zeros.
+// The inspectors look for those of K, and, by their row terms, of Q and dO. Where they find any,
+// the block's results are spoilt: it computes them anew at its end (hopper_backward_pairs.cuh), of
+// dQ, which adds up with that of other blocks, nothing having been added. Missing queries and keys
+// need no inspection: TMA fills up with zeros.
 #include "hopper_backward_gradients.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
@@ -103,7 +103,6 @@ struct Consumer : GradientConsumer<Config> {
     using Base::before, Base::block, Base::index, Base::score, Base::TILE_M;
     using Base::dk, Base::dv, Base::first_row, Base::warp_row;
     using Base::leads, Base::load_dq, Base::pass_dq, Base::release;
-    using Base::NOTHING;
 
     using Scores = float[TILE_M / 2];           // accumulators, 64 x TILE_M of the warpgroup
     using Weights = uint32[TILE_M / 16][4];     // the same as operands of products
@@ -181,15 +180,6 @@ struct Consumer : GradientConsumer<Config> {
             load_matrix_transposed_x4(
                 k_columns[key / 16], k.at(key + lane / 16 * 8 + lane % 8,
                                           Dq::first_dim(index) + warp_row() + lane / 8 % 2 * 8));
-        }
-    }
-    // Zeros in place of non-finite values.
-    DEVICE void clean_k_columns() {
-#pragma unroll
-        for (int i = 0; i < Config::TILE_N / 4; ++i) {
-            uint32& pair = k_columns[i / 4][i % 4];
-            if (is_nonfinite<T>(pair & 0xffff)) pair &= 0xffff0000;
-            if (is_nonfinite<T>(pair >> 16)) pair &= 0xffff;
         }
     }
     template <int STEPS, class Tile>
@@ -280,19 +270,6 @@ struct Consumer : GradientConsumer<Config> {
             }
         }
     }
-    // The same with zeros in rounded values.
-    DEVICE void mask(Weights& pairs, const Step& step) const {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint32 seen = this->seen(step, r);
-#pragma unroll
-            for (int j = 0; j < TILE_M / 8; ++j) {
-                uint32& pair = pairs[j / 2][j % 2 * 2 + r];
-                if (!(seen & 1u << 2 * j)) pair &= 0xffff0000;
-                if (!(seen & 2u << 2 * j)) pair &= 0xffff;
-            }
-        }
-    }
 
     static DEVICE void round(Weights& weights, const Scores& scores) {
 #pragma unroll
@@ -330,8 +307,8 @@ struct Consumer : GradientConsumer<Config> {
         wgmma_commit();
     }
 
-    // P and dS of a step, rounded, and what non-finite values were found.
-    DEVICE uint32 compute_weights(Weights& p, Weights& ds, const Step& step) {
+    // P and dS of a step, rounded.
+    DEVICE void compute_weights(Weights& p, Weights& ds, const Step& step) {
         Scores s, dp;
         wait_for(block.barrier(Block::Q_FULL + step.stage()), step.parity());
         if constexpr (Config::KEYS_IN_REGISTERS) {
@@ -348,14 +325,16 @@ struct Consumer : GradientConsumer<Config> {
             multiply_rows(dp, block.v_tile(), first_row(), block.do_tile(step.stage()),
                           Config::HEAD_DIM_V);
         }
-        if constexpr (Config::EARLY_EXPONENTIALS) return exponentiate_early(s, dp, p, ds, step);
-        return exponentiate_late(s, dp, p, ds, step);
+        if constexpr (Config::EARLY_EXPONENTIALS) {
+            exponentiate_early(s, dp, p, ds, step);
+        } else {
+            exponentiate_late(s, dp, p, ds, step);
+        }
     }
 
-    // From S and dP to P and dS, rounded; returns what non-finite values were found. The
-    // exponentials while the product for dP runs:
-    DEVICE uint32 exponentiate_early(Scores& s, Scores& dp, Weights& p, Weights& ds,
-                                     const Step& step) {
+    // From S and dP to P and dS, rounded. The exponentials while the product for dP runs:
+    DEVICE void exponentiate_early(Scores& s, Scores& dp, Weights& p, Weights& ds,
+                                   const Step& step) const {
         const bool partial = block.is_partial(step.tile);
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
@@ -367,23 +346,17 @@ struct Consumer : GradientConsumer<Config> {
         load_early(dot, step.stage(), sizeof(Two));
         wgmma_wait<0>();
         differentiate(s, dp, dot, step);
-        if (partial) mask(dp, step, 0);  // P = 0 does not suffice where D is not finite
+        // P = 0 does not suffice where V is not finite.
+        if (block.is_partial(recompute_from(step.tile))) mask(dp, step, 0);
         round(ds, dp);
-        uint32 found = NOTHING;
-        if (partial || step.first || this->found_in_keys) {
-            const bool in_queries = this->queries_nonfinite(step, partial);
-            found = remove_nonfinite(step, in_queries);
-        }
-        return recompute_from(found);  // no second copy of all that follows
     }
 
-    // The same behind both products. What is out of sight is masked before that, so that, without a
-    // band, no branch keeps the compiler from computing dS beside the product for dV.
-    DEVICE uint32 exponentiate_late(Scores& s, Scores& dp, Weights& p, Weights& ds,
-                                    const Step& step) {
+    // The same behind both products. What is out of sight is masked before that, so that no branch
+    // keeps the compiler from computing dS beside the product for dV.
+    DEVICE void exponentiate_late(Scores& s, Scores& dp, Weights& p, Weights& ds,
+                                  const Step& step) const {
         constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
         const bool partial = block.is_partial(step.tile);
-        const bool in_queries = this->queries_nonfinite(step, partial);
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
         wgmma_wait<0>();
@@ -399,21 +372,6 @@ struct Consumer : GradientConsumer<Config> {
         load_early(dot, step.stage(), sizeof(Two));
         differentiate(s, dp, dot, step);
         round(ds, dp);
-        if (in_queries) {  // lse or D is not finite: its exponential, or product with P = 0, is NaN
-            mask(p, step);
-            mask(ds, step);
-        }
-        uint32 found = NOTHING;
-        if (in_queries || step.first || this->found_in_keys) {
-            found = remove_nonfinite(step, in_queries);
-        }
-        return recompute_from(found);
-    }
-
-    DEVICE uint32 remove_nonfinite(const Step& step, bool in_queries) {
-        const uint32 found = Base::remove_nonfinite(step, in_queries);
-        if (Config::KEYS_IN_REGISTERS && step.first && found & Base::IN_KEYS) clean_k_columns();
-        return found;
     }
 
     // The phase of ds_empty that a step waits for. Step i sets the stage of i - 1 free: so the
@@ -446,7 +404,7 @@ struct Consumer : GradientConsumer<Config> {
     DEVICE void compute(const Step& step) {
         const int stage = step.stage();
         Weights p, ds;
-        const uint32 found = compute_weights(p, ds, step);
+        compute_weights(p, ds, step);
         DqSums dq;
         load_dq(dq, tile_before(step));
         if constexpr (!DV_FIRST) pass_ds(ds, step);
@@ -461,13 +419,12 @@ struct Consumer : GradientConsumer<Config> {
         release(Block::DS_EMPTY + (stage ^ 1));
         if (!step.first) pass_dq(dq, tile_before(step));
         wgmma_wait<0>();
+        this->inspect_queries(step);
         this->release_q(stage);
-        end_step(step, found, [&] { spread_nonfinite_queries(step); });
+        end_step(step);
     }
-    template <class SpreadQueries>
-    DEVICE void end_step(const Step& step, uint32 found, SpreadQueries spread_queries) {
+    DEVICE void end_step(const Step& step) const {
         if (Config::WHOLE_HEAD && step.first) arrive_at(block.barrier(Block::KEYS_EMPTY));
-        if (Config::BAND && found) this->spread_nonfinite(step, found, spread_queries);
     }
 
     // Whether no query of a step sees a key of this consumer, as in half of the first steps under a
@@ -484,8 +441,6 @@ struct Consumer : GradientConsumer<Config> {
         wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
         if (Config::KEYS_IN_REGISTERS && step.first) load_keys();
         wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
-        const bool in_queries = this->queries_nonfinite(step, true);
-        const uint32 found = recompute_from(remove_nonfinite(step, in_queries));
         DqSums dq;
         load_dq(dq, tile_before(step));
         pass_ds({}, step);
@@ -494,8 +449,9 @@ struct Consumer : GradientConsumer<Config> {
         release(Block::DO_EMPTY + stage);
         release(Block::DS_EMPTY + (stage ^ 1));
         if (!step.first) pass_dq(dq, tile_before(step));
+        this->inspect_queries(step);
         this->release_q(stage);
-        end_step(step, found, [] {});
+        end_step(step);
     }
 
     // What the first step takes for the dS before it. Its dQ is thrown away, so that any numbers
@@ -515,7 +471,6 @@ struct Consumer : GradientConsumer<Config> {
     // dQ of the last step, of which `index` is the number. Meanwhile dV goes out: nobody else reads
     // these rows of V, or, for the next step, this part of dS.
     DEVICE void finish_dq(uint32 index, int32 tile) {
-        this->remove_nonfinite_keys();
         DqSums dq;
         load_dq(dq, tile);
         multiply_late_dq(dq, index);
@@ -528,33 +483,12 @@ struct Consumer : GradientConsumer<Config> {
         pass_dq(dq, tile);
     }
 
-    // ---- non-finite values ----------------------------------------------------------------------
-
-    // Sets to NaN what sees a non-finite value of Q and dO.
-    DEVICE void spread_nonfinite_queries(const Step& step) {
-        this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
-            spread_nonfinite_row(dk, query, block.params.head_dim, q);
-            spread_nonfinite_row(dv, query, block.params.head_dim_v, do_);
-        });
-    }
-    template <int COUNT>
-    DEVICE void spread_nonfinite_row(float (&acc)[COUNT], int32 query, int32 cols,
-                                     const uint16* row) const {
-        const bool seen[2] = {score.sees(query, lane_key()), score.sees(query, lane_key() + 8)};
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            const int col = i / 4 * 8 + 2 * (lane_index() % 4) + i % 2;
-            if (seen[i / 2 % 2] && col < cols && is_nonfinite<T>(row[col])) {
-                acc[i] = infinity<float>() * 0;
-            }
-        }
-    }
-
     // Returns what is done then.
     DEVICE Progress run() {
         const TileRange tiles = block.query_tiles();
         if (before.steps == 0) clear_ds();
         if (Config::WHOLE_HEAD && block.place.tile == 0) this->clear_dq();
+        this->wait_for_keys();
         const Progress done = block.for_each_step(before, [&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             if (sees_nothing(step)) {
@@ -568,6 +502,7 @@ struct Consumer : GradientConsumer<Config> {
         } else {
             this->store_dv(done.steps);
         }
+        if constexpr (!Config::WHOLE_HEAD) block.wait_for_inspectors();
         this->meet_consumers();  // nobody reads K, or dS, any more
         this->store_dk(done.steps - 1);
         if (leads()) wait_bulk_read<0>();

@@ -63,7 +63,7 @@ struct BackwardBlock {
         DS_FULL = DO_EMPTY + STAGES,
         DS_EMPTY = DS_FULL + DS_STAGES,
         INSPECTED = DS_EMPTY + DS_STAGES,
-        KEYS_FULL,   // K and V, if they go on to registers
+        KEYS_FULL,   // K, with V if they go on to registers
         KEYS_EMPTY,  // of a head's tiles one after another
         BARRIERS,
     };
@@ -78,20 +78,20 @@ struct BackwardBlock {
 
     static constexpr int INSPECTORS = 3;  // warps
 
-    // Words of 4 bytes, behind the barriers: what the inspectors have found in K, and what one
-    // thread finds out for all, by several divisions, as registers are short: where the group's
-    // first query head begins in some tensors, the key head's index and number, and the tile. The
-    // compiler loads neighbours together, so what changes stands apart.
-    enum Address { ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
+    // Words of 4 bytes, behind the barriers: whether non-finite values spoil results (not 0), and
+    // what one thread finds out for all, by several divisions, as registers are short: where
+    // the group's first query head begins in some tensors, the key head's index and number, and
+    // the tile. The compiler loads neighbours together, so what changes stands apart.
+    enum Address { QUERIES, ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
     enum Word {
-        FOUND,
+        DQ_SPOILT,
+        DKV_SPOILT,
         FIRST_ADDRESS = 4,
         KEY_HEAD = FIRST_ADDRESS + 2 * ADDRESSES,
         NUMBER = KEY_HEAD + 1 + BATCH_AXES,  // of the key head, through all batch entries
         TILE,                                // of its keys
         WORDS,
     };
-    static_assert(INSPECTORS <= FIRST_ADDRESS);
     static constexpr int BYTES = BARRIERS_OFFSET + BARRIERS * BARRIER_BYTES + WORDS * 4;
     static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
 
@@ -228,12 +228,18 @@ struct BackwardBlock {
     // By one thread, before all others start.
     DEVICE void store_head() const {
         const HeadIndex keys = find_key_head();
+        store_shared(word(DQ_SPOILT), 0);
+        store_shared(word(DKV_SPOILT), 0);
         store_shared(word(NUMBER), place.head);
         store_shared(word(TILE), place.tile);
         store_shared(word(KEY_HEAD), keys.head);
 #pragma unroll
         for (int axis = 0; axis < BATCH_AXES; ++axis) {
             store_shared(word(KEY_HEAD + 1 + axis), keys.batch[axis]);
+        }
+        if constexpr (Config::BAND) {
+            const HeadIndex queries = query_head(keys, 0);
+            store_shared(address(QUERIES), head_data<uint16>(params.q, queries, queries.head));
         }
         store_shared(address(ROW_DOTS), first_head<float>(params.row_dots));
         if constexpr (!Config::WHOLE_HEAD) {
@@ -259,7 +265,7 @@ struct BackwardBlock {
         }
         init_barrier(barrier(INSPECTED), INSPECTORS);
         init_barrier(barrier(KEYS_FULL), 1);
-        init_barrier(barrier(KEYS_EMPTY), CONSUMERS * WARPGROUP);
+        init_barrier(barrier(KEYS_EMPTY), CONSUMERS * WARPGROUP + (Config::BAND ? INSPECTORS : 0));
         fence_barrier_init();
     }
 
@@ -319,8 +325,8 @@ struct BackwardBlock {
         }
     }
 
-    // One thread: all loads. K comes with the first Q and V with the first dO, or, if they go on to
-    // registers, both for themselves: those of a whole head while the tile before is computed.
+    // One thread: all loads. K comes before the first Q and V with the first dO, or, if they go on
+    // to registers, with K: those of a whole head while the tile before is computed.
     DEVICE void produce() const {
         const HeadIndex keys = key_head();
         for_each_key_tile([&](const BackwardBlock& block, Progress done) {
@@ -333,26 +339,24 @@ struct BackwardBlock {
         const HeadIndex index = query_head(keys, step.head);
         const int32 row = step.tile * Config::TILE_M;
         const int q_full = Q_FULL + step.stage(), do_full = DO_FULL + step.stage();
-        const bool with_keys = !Config::KEYS_IN_REGISTERS && step.first;
-        if (Config::KEYS_IN_REGISTERS && step.first) load_keys(keys, keys_parity);
+        const bool v_with_do = !Config::KEYS_IN_REGISTERS && step.first;
+        if (step.first) load_keys(keys, keys_parity);
         wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
-        arrive_expecting(barrier(q_full),
-                         QTile::BYTES + TERMS_BYTES + (with_keys ? KTile::BYTES : 0));
-        if (with_keys) load(k_tile(), maps.k, keys, first_key, q_full);
+        arrive_expecting(barrier(q_full), QTile::BYTES + TERMS_BYTES);
         load(q_tile(step.stage()), maps.q, index, row, q_full);
-        load_bulk(terms(step.stage()),
-                  load_address<const float>(ROW_DOTS) + step.head * params.row_dots.head + 2 * row,
-                  TERMS_BYTES, barrier(q_full));
+        load_bulk(terms(step.stage()), row_terms(step.head) + 2 * row, TERMS_BYTES,
+                  barrier(q_full));
         wait_for(barrier(DO_EMPTY + step.stage()), step.parity() ^ 1);
-        arrive_expecting(barrier(do_full), DoTile::BYTES + (with_keys ? VTile::BYTES : 0));
-        if (with_keys) load(v_tile(), maps.v, keys, first_key, do_full);
+        arrive_expecting(barrier(do_full), DoTile::BYTES + (v_with_do ? VTile::BYTES : 0));
+        if (v_with_do) load(v_tile(), maps.v, keys, first_key, do_full);
         load(do_tile(step.stage()), maps.do_, index, row, do_full);
     }
     DEVICE void load_keys(const HeadIndex& keys, uint32 parity) const {
         if constexpr (Config::WHOLE_HEAD) wait_for(barrier(KEYS_EMPTY), parity);
-        arrive_expecting(barrier(KEYS_FULL), KTile::BYTES + VTile::BYTES);
+        arrive_expecting(barrier(KEYS_FULL),
+                         KTile::BYTES + (Config::KEYS_IN_REGISTERS ? VTile::BYTES : 0));
         load(k_tile(), maps.k, keys, first_key, KEYS_FULL);
-        load(v_tile(), maps.v, keys, first_key, KEYS_FULL);
+        if (Config::KEYS_IN_REGISTERS) load(v_tile(), maps.v, keys, first_key, KEYS_FULL);
     }
 
     // One thread: what the block that probably comes next on this multiprocessor begins with is
@@ -379,26 +383,88 @@ struct BackwardBlock {
         }
     }
 
-    // Three warps, once a tile: look through K while the consumers compute their first S and dP.
-    DEVICE Progress inspect_keys(int inspector, Progress done) const {
+    // ---- non-finite values ----------------------------------------------------------------------
+
+    // Three warps, once a tile: look for what would spoil, in a product, what does not see it: in
+    // the queries of partial tiles, while K is on its way, and in K. The former spoil dK and dV,
+    // the latter dQ.
+    DEVICE Progress inspect(int inspector, Progress done) const {
         const TileRange tiles = query_tiles();
         if (tiles.begin == tiles.end) return done;
-        wait_for(barrier(Config::KEYS_IN_REGISTERS ? KEYS_FULL : Q_FULL), done.tiles % 2);
-        bool found = false;
         const int first = inspector * WARP + lane_index();
-#pragma unroll 2
-        for (int i = first * CHUNK_BYTES; i < KTile::BYTES; i += INSPECTORS * WARP * CHUNK_BYTES) {
-            found |= has_nonfinite<T>(load_shared<Chunk>(k_tile().address + i));
-        }
-        found = __any_sync(0xffffffff, found);
-        __syncwarp();
-        if (lane_index() == 0) {
-            store_shared<uint32>(word(FOUND + inspector), found);
-            arrive_at(barrier(INSPECTED));
-        }
+        note(DKV_SPOILT, finds_queries(tiles, first));
+        wait_for(barrier(KEYS_FULL), done.tiles % 2);
+        note(DQ_SPOILT, finds_keys(first));
+        if (Config::WHOLE_HEAD && lane_index() == 0) arrive_at(barrier(KEYS_EMPTY));
         return {done.steps + params.group * (tiles.end - tiles.begin), done.tiles + 1};
     }
+    // By a warp: whether one of its lanes has found anything.
+    DEVICE void note(Word spoilt, bool found) const {
+        found = __any_sync(0xffffffff, found);
+        if (found && lane_index() == 0) add_shared(word(spoilt), 1);
+        __syncwarp();
+    }
+    // Until they have seen all tiles.
+    DEVICE void wait_for_inspectors() const {
+        if constexpr (Config::BAND) wait_for(barrier(INSPECTED), 0);
+    }
+    // After that.
+    DEVICE bool is_set(Word spoilt) const {
+        return load_word(spoilt);
+    }
 
+    // A lane's share of K.
+    DEVICE bool finds_keys(int first) const {
+        bool found = false;
+#pragma unroll 2
+        for (int i = first * CHUNK_BYTES; i < KTile::BYTES; i += INSPECTORS * WARP * CHUNK_BYTES) {
+            found |= has_nonfinite_16<T>(load_shared<Chunk>(k_tile().address + i));
+        }
+        return found;
+    }
+    // A lane's share of the queries in partial tiles.
+    DEVICE bool finds_queries(const TileRange& tiles, int first) const {
+        constexpr int STEP = INSPECTORS * WARP;
+        const int32 end = min(tiles.end * Config::TILE_M, params.seqlen_q);
+        bool found = false;
+#pragma unroll 1
+        for (int32 head = 0; head < params.group; ++head) {
+#pragma unroll 1
+            for (int32 query = tiles.begin * Config::TILE_M + first; query < end; query += STEP) {
+                const int32 full = tiles.full_end * Config::TILE_M - query;  // rows, if any are
+                if (tiles.is_full(query / Config::TILE_M)) {
+                    query += (full - 1) / STEP * STEP;
+                } else {
+                    found |= is_spoiling(head, query);
+                }
+            }
+        }
+        return found;
+    }
+    // Whether a query has numbers that times 0 are NaN. Those of dO show in D; those of q make lse
+    // NaN, unless all that the query sees is -inf, or a softcap hides them: then consumers look.
+    DEVICE bool is_spoiling(int32 head, int32 query) const {
+        const float* const terms = row_terms(head) + query / 2 * 4 + query % 2;
+        const uint32 lse = bit_cast<uint32>(terms[0]), dot = bit_cast<uint32>(terms[2]);
+        if (is_nonfinite<float>(dot)) return true;
+        if (!is_nonfinite<float>(lse)) return false;
+        return lse << 1 != FLOAT_INFINITY << 1 ||
+               row_is_nonfinite(load_address<const uint16>(QUERIES) + head * params.q.head +
+                                query * params.q.row);
+    }
+    DEVICE bool row_is_nonfinite(const uint16* row) const {
+        bool found = false;
+#pragma unroll 1
+        for (int32 dim = 0; dim < params.head_dim; ++dim) found |= is_nonfinite<T>(row[dim]);
+        return found;
+    }
+
+    // ---- dQ -------------------------------------------------------------------------------------
+
+    // lse and D of the queries of a head of the group, see row_terms.cuh.
+    DEVICE const float* row_terms(int32 head) const {
+        return load_address<const float>(ROW_DOTS) + head * params.row_dots.head;
+    }
     // The tile of dq_sum that a step adds to.
     DEVICE float* dq_sums(const Step& step) const {
         return load_address<float>(DQ_SUM) + step.head * params.dq_sum.head +
@@ -410,13 +476,18 @@ struct BackwardBlock {
                step.tile * params.dq_turns.row;
     }
 
-    // One warp for each consumer: adds its dQ to dq_sum.
+    // One warp for each consumer: adds its dQ to dq_sum; nothing if dQ is spoilt, as the consumer
+    // will compute it anew (hopper_backward_pairs.cuh).
     DEVICE void write_dq(int consumer) const {
+        __syncwarp();
         arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
         if (lane_index() == 0) rounding().wait_for_place(load_word(NUMBER));
+        wait_for_inspectors();
+        __syncwarp();
+        const bool adds = lane_index() == 0 && !is_set(DQ_SPOILT);
         for_each_step({0, 0}, [&](const Step& step) {
             sync_named(DQ_FULL + consumer, DQ_THREADS);
-            if (lane_index() == 0) {
+            if (adds) {
                 if constexpr (Config::DETERMINISTIC) {
                     wait_for_turn(dq_turns(step) + consumer, turn(step.tile));
                 }
@@ -427,13 +498,13 @@ struct BackwardBlock {
             __syncwarp();
             arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
             if constexpr (Config::DETERMINISTIC) {
-                if (lane_index() == 0) {
+                if (adds) {
                     wait_bulk<0>();
                     pass_turn(dq_turns(step) + consumer);
                 }
             }
         });
-        if (lane_index() == 0) {
+        if (adds) {
             wait_bulk<0>();
             pass_turn(rounding().added(load_word(NUMBER)));
         }
@@ -455,8 +526,9 @@ struct BackwardBlock {
         }
         if constexpr (Config::BAND) {
             for_each_key_tile([&](const BackwardBlock& block, Progress done) {
-                return block.inspect_keys(warp - 1, done);
+                return block.inspect(warp - 1, done);
             });
+            if (lane_index() == 0) arrive_at(barrier(INSPECTED));
         }
         if (threadIdx.x == WARP) prefetch_next();
         if constexpr (!Config::WIDE && !Config::WHOLE_HEAD) {

@@ -6,7 +6,7 @@
 //
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S = Q K^T; issue dP = dO V^T
-//                        with the first ones K and V        |   wait S; P, to shared memory
+//                        K ============= keys_full =======> |   wait S; P, to shared memory
 //   warps   inspectors   K, once ======== inspected ======> |   wait dP; dS, to shared memory
 //   1 to 3  (BAND only)                                     |   meet the others: they are complete
 //   warp 1  to L2 what the next block begins with           |   issue dV^T += dO^T P
@@ -19,7 +19,7 @@
 // Lower case: mbarriers, one for each stage. Where P and dS have two stages, they need no barriers
 // of their own: who writes those of step i has met the others in step i - 1, after they waited for
 // their products of step i - 2, which read the same stage. Where they have one, all meet once more
-// before they are stored.
+// before they are stored. What is done about non-finite values: see hopper_backward.cu.
 #include "hopper_backward_consumer.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
@@ -66,7 +66,6 @@ struct Consumer : BackwardConsumer<Config> {
     using typename Base::T;
     using Base::before, Base::block, Base::index, Base::score, Base::TILE_M, Base::TILE_N;
     using Base::leads, Base::release, Base::thread, Base::warp_row;
-    using Base::NOTHING;
     static constexpr int KEYS = TILE_N / Config::CONSUMERS;             // of S and dP
     static constexpr int PARTS = Config::DQ_PARTS / Config::CONSUMERS;  // blocks of 64 dims
 
@@ -77,9 +76,10 @@ struct Consumer : BackwardConsumer<Config> {
 
     Sums<PARTS> dk;
     Sums<MY_DV_PARTS == 0 ? 1 : MY_DV_PARTS> dv;
+    bool adds;  // dQ, as it is not spoilt: known from the first step on
 
     DEVICE Consumer(const Block& block, int index, Progress before)
-        : Base(block, index, before), dk{}, dv{} {}
+        : Base(block, index, before), dk{}, dv{}, adds(true) {}
 
     DEVICE int first_row() const {  // of this consumer in the tiles of keys
         return KEYS * index;
@@ -202,8 +202,13 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    // Adds dQ to dq_sum, in turns if need be.
-    DEVICE void add_dq(const DqSums& dq, const Step& step) const {
+    // Adds dQ to dq_sum, in turns if need be; nothing if it is spoilt.
+    DEVICE void add_dq(const DqSums& dq, const Step& step) {
+        if (Config::BAND && step.first) {
+            block.wait_for_inspectors();
+            adds = !block.is_set(Block::DQ_SPOILT);
+        }
+        if (!adds) return;
         float* const sums = block.dq_sums(step) + Dq::at(thread(), 0);
         if constexpr (Config::DETERMINISTIC) {
             wait_for_turn(block.dq_turns(step) + index, block.turn(step.tile));
@@ -223,8 +228,8 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    // P and dS of a step to shared memory; returns what non-finite values were found.
-    DEVICE uint32 compute_weights(const Step& step) {
+    // P and dS of a step to shared memory.
+    DEVICE void compute_weights(const Step& step) const {
         const int stage = step.stage();
         Scores s, dp;
         wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
@@ -241,21 +246,15 @@ struct Consumer : BackwardConsumer<Config> {
         store_scores(s, block.p_tile(stage));
         wgmma_wait<0>();
         differentiate(s, dp, step);
-        if (partial) mask(dp, step);  // P = 0 does not suffice where D is not finite
+        if (partial) mask(dp, step);  // P = 0 does not suffice where V is not finite
         store_scores(dp, block.ds_tile(stage));
-        uint32 found = NOTHING;
-        if (partial || step.first || this->found_in_keys) {
-            const bool in_queries = this->queries_nonfinite(step, partial);
-            found = this->remove_nonfinite(step, in_queries);
-        }
-        return recompute_from(found);  // no second copy of all that follows
     }
 
     DEVICE void compute(const Step& step) {
         const int stage = step.stage();
         const auto q = block.q_tile(stage);
         const auto do_ = block.do_tile(stage);
-        const uint32 found = compute_weights(step);
+        compute_weights(step);
         fence_async_shared();
         this->meet_consumers();
 
@@ -269,37 +268,8 @@ struct Consumer : BackwardConsumer<Config> {
         wgmma_wait<1>();
         add_dq(dq, step);
         wgmma_wait<0>();
+        this->inspect_queries(step);
         this->release_q(stage);
-        if (Config::BAND && found) {
-            this->spread_nonfinite(step, found, [&] { spread_nonfinite_queries(step); });
-        }
-    }
-
-    // Sets to NaN what sees a non-finite value of Q and dO.
-    DEVICE void spread_nonfinite_queries(const Step& step) {
-        this->for_each_query(step, [&](int32 query, const uint16* q, const uint16* do_) {
-            spread_nonfinite_row(dk, query, block.params.head_dim, q);
-            spread_nonfinite_row(dv, query, block.params.head_dim_v, do_);
-        });
-    }
-    template <int COUNT>
-    DEVICE void spread_nonfinite_row(Sums<COUNT>& acc, int32 query, int32 cols,
-                                     const uint16* row) const {
-        const auto seen = score.keys(query);
-        const int32 key = block.first_key + 2 * (lane_index() % 4);
-#pragma unroll
-        for (int i = 0; i < COUNT * 2; ++i) {
-            const int part = i / 2, r = i % 2;
-            const int dim = first_dim(part) + warp_row() + lane_index() / 4 + 8 * r;
-            if (dim >= cols || !is_nonfinite<T>(row[dim])) continue;
-#pragma unroll
-            for (int j = 0; j < TILE_N / 4; ++j) {
-                const int32 at = key + j / 2 * 8 + j % 2;
-                if (at >= seen.first && at <= seen.last) {
-                    acc[part][j / 2 * 4 + 2 * r + j % 2] = infinity<float>() * 0;
-                }
-            }
-        }
     }
 
     // This consumer's columns of dk or dv to `tile`, which no one reads any more.
@@ -334,12 +304,13 @@ struct Consumer : BackwardConsumer<Config> {
     DEVICE Progress run() {
         const TileRange tiles = block.query_tiles();
         block.rounding().wait_for_place(block.load_word(Block::NUMBER));
+        this->wait_for_keys();
         const Progress done = block.for_each_step(before, [&](const Step& step) {
             if (step.tile == tiles.begin) this->enter_head(step);
             compute(step);
         });
         this->meet_consumers();  // nobody reads K and V any more, or adds to dq_sum
-        if (leads()) pass_turn(block.rounding().added(block.load_word(Block::NUMBER)));
+        if (leads() && adds) pass_turn(block.rounding().added(block.load_word(Block::NUMBER)));
         const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
         store<MY_DV_PARTS>(dv, 1, block.v_tile());
         store<PARTS>(dk, scale, block.k_tile());

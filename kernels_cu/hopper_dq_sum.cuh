@@ -42,6 +42,12 @@ struct DqTile {
     static DEVICE int at(int thread, int i) {
         return (i * WARPGROUP + thread) * 4;
     }
+    // And where in the part one of its dims of one of its queries stands: a thread's four are two
+    // queries of a dim, and of the dim 8 after it.
+    static DEVICE int place(int dim, int query) {
+        const int thread = dim / 16 * WARP + dim % 8 * 4 + query % 8 / 2;
+        return at(thread, query / 8) + dim / 8 % 2 * 2 + query % 2;
+    }
 
     // A part scaled and rounded to T, to rows of shared memory, one for each query: `row` is the
     // address in them that the lane gives to store_matrix_transposed_x4; load(i) returns the

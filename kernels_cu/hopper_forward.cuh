@@ -171,7 +171,7 @@ DEVICE bool remove_nonfinite(Tile tile, int inspector) {
     bool found = false;
 #pragma unroll 8
     for (uint32 chunk = first; chunk < tile.address + Tile::BYTES; chunk += STEP) {
-        found |= has_nonfinite<T>(load_shared<Chunk>(chunk));
+        found |= has_nonfinite_16<T>(load_shared<Chunk>(chunk));
     }
     if (!__any_sync(0xffffffff, found)) return false;
 #pragma unroll 1

@@ -47,23 +47,30 @@ DEVICE bool nonfinite_at(uint32 address) {
 
 template <class T>
 DEVICE bool has_nonfinite(const Chunk& chunk) {
-    if constexpr (sizeof(T) == 2) {
-        // An exponent that is all 1 carries into the sign's bit.
-        constexpr uint32 BOTH = 0x10001, LOWEST = EXPONENT_BITS<T> & (~EXPONENT_BITS<T> + 1);
-        uint32 sums = 0;
+    bool found = false;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sums |= (chunk.words[i] & BOTH * EXPONENT_BITS<T>) + BOTH * LOWEST;
-        }
-        return sums & BOTH * 0x8000;
-    } else {
-        bool found = false;
-#pragma unroll
-        for (int i = sizeof(T) / 4 - 1; i < 4; i += sizeof(T) / 4) {
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 2) {
+            found |= is_nonfinite<T>(chunk.words[i]) || is_nonfinite<T>(chunk.words[i] >> 16);
+        } else if (sizeof(T) == 4 || i % 2 == 1) {
             found |= is_nonfinite<T>(chunk.words[i]);
         }
-        return found;
     }
+    return found;
+}
+
+// The same of 16-bit elements by fewer instructions, which take more registers: an exponent that is
+// all 1 carries into the sign's bit.
+template <class T>
+DEVICE bool has_nonfinite_16(const Chunk& chunk) {
+    static_assert(sizeof(T) == 2);
+    constexpr uint32 BOTH = 0x10001, LOWEST = EXPONENT_BITS<T> & (~EXPONENT_BITS<T> + 1);
+    uint32 sums = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sums |= (chunk.words[i] & BOTH * EXPONENT_BITS<T>) + BOTH * LOWEST;
+    }
+    return sums & BOTH * 0x8000;
 }
 
 // Whether this thread's part of a tile holds a non-finite value.

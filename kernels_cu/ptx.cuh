@@ -56,6 +56,11 @@ DEVICE void store_shared(uint32 address, T value) {
     *static_cast<T*>(__cvta_shared_to_generic(address)) = value;
 }
 
+// Adds to a word in one indivisible step.
+DEVICE void add_shared(uint32 address, uint32 value) {
+    asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // ---------------------------------------------------------------------------------------------
 // Asynchronous copies, global to shared memory
 

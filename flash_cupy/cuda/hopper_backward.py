@@ -80,7 +80,7 @@ class HopperBackwardPlan(HopperPlan):
             for rows in (self.tile_n, self.tile_m)
         )
         row_terms = 2 * self.tile_m * SUM_BYTES
-        words = 4 * (4 + 2 * 3 + 3 + BATCH_AXES)  # `Word` in hopper_backward_block.cuh
+        words = 4 * (4 + 2 * 4 + 3 + BATCH_AXES)  # `Word` in hopper_backward_block.cuh
         return (
             SWIZZLE_ALIGNMENT
             + keys
@@ -266,9 +266,8 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
             80,
             alibi=False,
             softcap=False,
-            early_exponentials=True,
             min_head_dim=96,
-            min_seqlen=4096,
+            min_seqlen=2048,
         ),
         BackwardTiles(64),
     ],

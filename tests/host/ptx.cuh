@@ -26,6 +26,10 @@ DEVICE void store_shared(uint32 address, T value) {
     *reinterpret_cast<T*>(host::shared_pointer(address)) = value;
 }
 
+DEVICE void add_shared(uint32 address, uint32 value) {
+    atomicAdd(reinterpret_cast<uint32*>(host::shared_pointer(address)), value);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Asynchronous copies, global to shared memory
 
