@@ -18,7 +18,7 @@
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers 1, 2, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S(i); issue dP(i)
 //                        K ============= keys_full =======> |   wait S(i); P(i)
-//   warps   inspectors   K, once ======== inspected ======> |   wait dP(i); dS(i)
+//   warps   inspectors                                      |   wait dP(i); dS(i)
 //   1 to 3  (BAND only)                                     |   dS(i) to shared memory
 //                                                           |      == ds_full =======> both
 //   warps   writers,     dQ <============= DQ_FULL ======== |   issue dV(i)
@@ -31,7 +31,7 @@
 //                                                           | at the end:
 //                                                           |   issue the last dQ; dV goes out
 //                                                           |   wait dQ, hand it over
-//                                                           |   meet the other; dK goes out
+//           inspectors   ================ inspected ======> |   meet the other; dK goes out
 //
 // Lower case: mbarriers, one for each stage; upper case: named barriers. dQ takes the dS of both
 // consumers. As it is computed a step late, they need not be in step: while one computes
@@ -47,11 +47,12 @@
 // operands of S^T, dP^T and dQ^T. The products then read half as much shared memory, which is what
 // bounds them.
 //
-// Non-finite values, see nonfinite.cuh, matter in tiles of which some query does not see some key.
-// The inspectors look for those of K, and, by their row terms, of Q and dO. Where they find any,
-// the block's results are spoilt: it computes them anew at its end (hopper_backward_pairs.cuh), of
-// dQ, which adds up with that of other blocks, nothing having been added. Missing queries and keys
-// need no inspection: TMA fills up with zeros.
+// Non-finite values, see nonfinite.cuh: the inspectors look for those of K, and, in tiles of which
+// some query does not see some key, by their row terms, for those of Q and dO (with a softcap, which
+// hides them, the consumers look through Q). Those of K spoil dQ, those of Q and dO dK and dV: the
+// block computes them anew at its end (hopper_backward_pairs.cuh), of dQ, which adds up with that of
+// other blocks, nothing having been added before. Missing queries and keys need no inspection: TMA
+// fills up with zeros.
 #include "hopper_backward_gradients.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.
@@ -69,9 +70,10 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;                 // of Q and dO
     static constexpr int WEIGHT_STAGES = STAGES;               // of dS
     static constexpr int DQ_PARTS = CONSUMERS;
-    // Whether they leave out products of which they see nothing. With more queries a step that is
-    // too rare to pay for the branch.
-    static constexpr bool CONSUMERS_DIFFER = BAND && TILE_M == 64;
+    // Whether consumers leave out products of which they see nothing. With more queries a step that
+    // is too rare to pay for the branch.
+    static constexpr bool SKIPS_PRODUCTS = BAND && TILE_M == 64;
+    static constexpr bool CONSUMERS_DIFFER = false;  // have code of their own
     static constexpr bool WIDE = false;
     static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;  // before the wait for dP
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
@@ -346,7 +348,8 @@ struct Consumer : GradientConsumer<Config> {
         load_early(dot, step.stage(), sizeof(Two));
         wgmma_wait<0>();
         differentiate(s, dp, dot, step);
-        // P = 0 does not suffice where V is not finite.
+        // P = 0 does not suffice where V or D is not finite. (Whether a step is partial takes a
+        // register between the two masks.)
         if (block.is_partial(recompute_from(step.tile))) mask(dp, step, 0);
         round(ds, dp);
     }
@@ -430,7 +433,7 @@ struct Consumer : GradientConsumer<Config> {
     // Whether no query of a step sees a key of this consumer, as in half of the first steps under a
     // causal mask.
     DEVICE bool sees_nothing(const Step& step) const {
-        if (!Config::CONSUMERS_DIFFER) return false;
+        if (!Config::SKIPS_PRODUCTS) return false;
         const int32 key = block.first_key + first_row(), query = step.tile * TILE_M;
         return key >= block.params.seqlen_k || key > query + TILE_M - 1 + score.band.high ||
                key + 63 < query + score.band.low;

@@ -82,7 +82,7 @@ struct BackwardBlock {
     // what one thread finds out for all, by several divisions, as registers are short: where
     // the group's first query head begins in some tensors, the key head's index and number, and
     // the tile. The compiler loads neighbours together, so what changes stands apart.
-    enum Address { QUERIES, ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
+    enum Address { FIRST_Q, ROW_DOTS, DQ_SUM, DQ_TURNS, ADDRESSES };
     enum Word {
         DQ_SPOILT,
         DKV_SPOILT,
@@ -239,7 +239,7 @@ struct BackwardBlock {
         }
         if constexpr (Config::BAND) {
             const HeadIndex queries = query_head(keys, 0);
-            store_shared(address(QUERIES), head_data<uint16>(params.q, queries, queries.head));
+            store_shared(address(FIRST_Q), head_data<uint16>(params.q, queries, queries.head));
         }
         store_shared(address(ROW_DOTS), first_head<float>(params.row_dots));
         if constexpr (!Config::WHOLE_HEAD) {
@@ -391,10 +391,12 @@ struct BackwardBlock {
     DEVICE Progress inspect(int inspector, Progress done) const {
         const TileRange tiles = query_tiles();
         if (tiles.begin == tiles.end) return done;
-        const int first = inspector * WARP + lane_index();
-        note(DKV_SPOILT, finds_queries(tiles, first));
+        const int thread = inspector * WARP + lane_index(), threads = INSPECTORS * WARP;
+        const uint32 in_queries = look_through_queries(tiles, thread);
+        note(DKV_SPOILT, in_queries != NOTHING);
+        note(DQ_SPOILT, in_queries == QUERIES_AND_DQ);
         wait_for(barrier(KEYS_FULL), done.tiles % 2);
-        note(DQ_SPOILT, finds_keys(first));
+        note(DQ_SPOILT, finds_nonfinite_16<T, 2>(k_tile().address, KTile::BYTES, thread, threads));
         if (Config::WHOLE_HEAD && lane_index() == 0) arrive_at(barrier(KEYS_EMPTY));
         return {done.steps + params.group * (tiles.end - tiles.begin), done.tiles + 1};
     }
@@ -413,44 +415,42 @@ struct BackwardBlock {
         return load_word(spoilt);
     }
 
-    // A lane's share of K.
-    DEVICE bool finds_keys(int first) const {
-        bool found = false;
-#pragma unroll 2
-        for (int i = first * CHUNK_BYTES; i < KTile::BYTES; i += INSPECTORS * WARP * CHUNK_BYTES) {
-            found |= has_nonfinite_16<T>(load_shared<Chunk>(k_tile().address + i));
-        }
-        return found;
-    }
-    // A lane's share of the queries in partial tiles.
-    DEVICE bool finds_queries(const TileRange& tiles, int first) const {
+    // What a query spoils: others' dK and dV, or its own dQ, too.
+    enum Spoilt : uint32 { NOTHING = 0, QUERIES = 1, QUERIES_AND_DQ = 3 };
+
+    // A thread's share of the queries in partial tiles.
+    DEVICE uint32 look_through_queries(const TileRange& tiles, int thread) const {
         constexpr int STEP = INSPECTORS * WARP;
         const int32 end = min(tiles.end * Config::TILE_M, params.seqlen_q);
-        bool found = false;
+        uint32 spoilt = NOTHING;
 #pragma unroll 1
         for (int32 head = 0; head < params.group; ++head) {
 #pragma unroll 1
-            for (int32 query = tiles.begin * Config::TILE_M + first; query < end; query += STEP) {
+            for (int32 query = tiles.begin * Config::TILE_M + thread; query < end;
+                 query += STEP) {
                 const int32 full = tiles.full_end * Config::TILE_M - query;  // rows, if any are
                 if (tiles.is_full(query / Config::TILE_M)) {
                     query += (full - 1) / STEP * STEP;
                 } else {
-                    found |= is_spoiling(head, query);
+                    spoilt |= look_at_query(head, query);
                 }
             }
         }
-        return found;
+        return spoilt;
     }
-    // Whether a query has numbers that times 0 are NaN. Those of dO show in D; those of q make lse
-    // NaN, unless all that the query sees is -inf, or a softcap hides them: then consumers look.
-    DEVICE bool is_spoiling(int32 head, int32 query) const {
+    // A query's numbers that times 0 are NaN. Those of dO show in D; those of q make lse NaN, unless
+    // all that the query sees is -inf, or a softcap hides them: then consumers look. One that sees
+    // nothing, so that lse is infinite, too, must not have NaN in dQ.
+    DEVICE uint32 look_at_query(int32 head, int32 query) const {
         const float* const terms = row_terms(head) + query / 2 * 4 + query % 2;
         const uint32 lse = bit_cast<uint32>(terms[0]), dot = bit_cast<uint32>(terms[2]);
-        if (is_nonfinite<float>(dot)) return true;
-        if (!is_nonfinite<float>(lse)) return false;
-        return lse << 1 != FLOAT_INFINITY << 1 ||
-               row_is_nonfinite(load_address<const uint16>(QUERIES) + head * params.q.head +
-                                query * params.q.row);
+        const bool infinite = lse << 1 == FLOAT_INFINITY << 1;
+        if (is_nonfinite<float>(dot)) return infinite ? QUERIES_AND_DQ : QUERIES;
+        if (!is_nonfinite<float>(lse)) return NOTHING;
+        return !infinite || row_is_nonfinite(load_address<const uint16>(FIRST_Q) +
+                                             head * params.q.head + query * params.q.row)
+                   ? QUERIES
+                   : NOTHING;
     }
     DEVICE bool row_is_nonfinite(const uint16* row) const {
         bool found = false;

@@ -74,12 +74,8 @@ struct BackwardConsumer {
     DEVICE void inspect_queries(const Step& step) const {
         if (!Config::BAND || !Config::SOFTCAP || !block.is_partial(step.tile)) return;
         const auto q = block.q_tile(step.stage());
-        bool found = false;
-#pragma unroll 1
-        for (int i = all_thread() * CHUNK_BYTES; i < q.BYTES; i += ALL_THREADS * CHUNK_BYTES) {
-            found |= has_nonfinite_16<T>(load_shared<Chunk>(q.address + i));
-        }
-        block.note(Block::DKV_SPOILT, found);
+        block.note(Block::DKV_SPOILT, finds_nonfinite_16<T, 1>(q.address, q.BYTES, all_thread(),
+                                                               ALL_THREADS));
     }
 };
 

@@ -114,7 +114,7 @@ struct GradientConsumer : BackwardConsumer<Config> {
         }
     }
     DEVICE void store_dk(uint32 index) const {
-        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
+        const float scale = gradient_scale<Config>(block.params);
         if constexpr (Config::WHOLE_HEAD) {
             store(dk, scale, ds_columns(index), 0, block.maps.dk);
         } else {
@@ -128,7 +128,7 @@ struct GradientConsumer : BackwardConsumer<Config> {
         using Tile = SwizzledTile<T, Dq::QUERIES, 64>;
         constexpr int STAGED = Block::P_OFFSET - Block::Q_OFFSET;
         static_assert(Block::DQ_TILES * Config::CONSUMERS * Tile::BYTES <= STAGED);
-        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
+        const float scale = gradient_scale<Config>(block.params);
         const uint32 staged = block.q_tile(0).address + index * (Block::DQ_TILES * Tile::BYTES);
         const int32 tiles = ceil_div(block.params.seqlen_q, TILE_M);
         const int lane = lane_index(), warp_dim = Base::thread() / WARP * 16;

@@ -3,45 +3,7 @@
 // a matrix product, what does not see it (see nonfinite.cuh). Slow, and rare.
 #pragma once
 #include "hopper_backward_block.cuh"
-
-// A row of up to DIMS elements of T in a warp's registers: of every 32 dims a lane has one, zeros
-// beyond the row's end.
-template <class T, int DIMS>
-struct LaneRow {
-    static constexpr int VALUES = DIMS / WARP;
-    static_assert(DIMS % WARP == 0);
-
-    float value[VALUES] = {};
-
-    static DEVICE int dim(int i) {
-        return lane_index() + WARP * i;
-    }
-    DEVICE void load(const T* row, int32 dims) {
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) value[i] = dim(i) < dims ? to_float(row[dim(i)]) : 0;
-    }
-    DEVICE void store(T* row, int32 dims, float scale) const {
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) {
-            if (dim(i) < dims) row[dim(i)].bits = pack<T>(value[i] * scale, 0);
-        }
-    }
-    DEVICE void add(float weight, const LaneRow& row) {
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) value[i] += weight * row.value[i];
-    }
-    // The sum of products with another row, in all lanes.
-    DEVICE float dot(const LaneRow& row) const {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < VALUES; ++i) sum += value[i] * row.value[i];
-#pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) {
-            sum += __shfl_xor_sync(0xffffffff, sum, step);
-        }
-        return sum;
-    }
-};
+#include "lane_row.cuh"
 
 // By the consumers of a block, which own nothing at that time: its tile of keys or, of a
 // WHOLE_HEAD, all.
@@ -70,9 +32,8 @@ struct PairGradients {
         const int32 keys = params().seqlen_k;
         return (Config::WHOLE_HEAD ? keys : min(block.first_key + Config::TILE_N, keys)) - 1;
     }
-    // Of dk and of rounded dq: the score's derivative, where it is the same for all pairs.
     DEVICE float scale() const {
-        return Config::SOFTCAP ? 1 : scalars<float>(params()).scale;
+        return gradient_scale<Config>(params());
     }
 
     // A query head of the group.
@@ -147,6 +108,7 @@ struct PairGradients {
                 const auto seen_by = head.score.rows(key);
 #pragma unroll 1
                 for (int32 query = seen_by.first; query <= seen_by.last; ++query) {
+                    if (dk.all_nan() && dv.all_nan()) break;
                     const Query row_q = load_query(head, query);
                     const Weights pair = weights(head, row_q, query, row, key);
                     dk.add(pair.ds, row_q.q);
@@ -169,6 +131,7 @@ struct PairGradients {
 #pragma unroll 1
         for (int32 key = max(seen.first, block.first_key); key <= min(seen.last, last_key());
              ++key) {
+            if (dq.all_nan()) break;
             const Key row_k = load_key(key);
             dq.add(weights(head, row, query, row_k, key).ds, row_k.k);
         }

@@ -7,13 +7,13 @@
 //   warp 0  producer     Q, dO >===== q_full, do_full ====> | consumers, a step:
 //           (TMA)        two stages <== q_empty, do_empty = |   issue S = Q K^T; issue dP = dO V^T
 //                        K ============= keys_full =======> |   wait S; P, to shared memory
-//   warps   inspectors   K, once ======== inspected ======> |   wait dP; dS, to shared memory
-//   1 to 3  (BAND only)                                     |   meet the others: they are complete
-//   warp 1  to L2 what the next block begins with           |   issue dV^T += dO^T P
+//   warp 1  to L2 what the next block begins with           |   wait dP; dS, to shared memory
+//                                                           |   meet the others: they are complete
+//                                                           |   issue dV^T += dO^T P
 //                                                           |   issue dQ^T = K^T dS^T
 //                                                           |   wait dV, release dO
-//                                                           |   issue dK^T += Q^T dS
-//                        dq_sum, in global memory <======== |   wait dQ, add it
+//   warps   inspectors   ================ inspected ======> |   issue dK^T += Q^T dS
+//   1 to 3  (BAND only)  dq_sum, in global memory <======== |   wait dQ, add it
 //                                                           |   wait dK, release Q
 //
 // Lower case: mbarriers, one for each stage. Where P and dS have two stages, they need no barriers
@@ -246,7 +246,7 @@ struct Consumer : BackwardConsumer<Config> {
         store_scores(s, block.p_tile(stage));
         wgmma_wait<0>();
         differentiate(s, dp, step);
-        if (partial) mask(dp, step);  // P = 0 does not suffice where V is not finite
+        if (partial) mask(dp, step);  // P = 0 does not suffice where V or D is not finite
         store_scores(dp, block.ds_tile(stage));
     }
 
@@ -311,7 +311,7 @@ struct Consumer : BackwardConsumer<Config> {
         });
         this->meet_consumers();  // nobody reads K and V any more, or adds to dq_sum
         if (leads() && adds) pass_turn(block.rounding().added(block.load_word(Block::NUMBER)));
-        const float scale = Config::SOFTCAP ? 1 : scalars<float>(block.params).scale;
+        const float scale = gradient_scale<Config>(block.params);
         store<MY_DV_PARTS>(dv, 1, block.v_tile());
         store<PARTS>(dk, scale, block.k_tile());
         fence_async_shared();

@@ -26,6 +26,7 @@
 #include "warpgroup.cuh"
 #include "head_tiles.cuh"
 #include "hopper_dq_sum.cuh"
+#include "score.cuh"
 #include "turns.cuh"
 
 // What a block of the grid does.
@@ -207,7 +208,7 @@ struct DqRounding {
     // rows it stands where the sums stood. Each of three phases for all eights of the run, so that
     // they hide each other's latencies.
     DEVICE void round_run(uint32 sums, T* dq, uint32 eight, uint32 end) const {
-        const float scale = Config::SOFTCAP ? 1 : scalars<float>(params).scale;
+        const float scale = gradient_scale<Config>(params);
         const int lane = lane_index();
         uint32 pairs[RUN][4][2];  // of 16 dims each, dims g and g + 8
 #pragma unroll

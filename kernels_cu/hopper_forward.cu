@@ -18,9 +18,9 @@
 //                          K, V ==== k_full, v_full => |   wait V(j+1); issue O += P(j+1) V(j+1)
 //                          STAGES of each              |   wait S(j), release K(j)
 //                            <=== k_empty, v_empty === |   mask, top, P(j)
-//   warps 1-3  inspectors  partial tiles = inspected > |   wait O, release V(j+1)
-//              (BAND only)   <======== v_empty ======= |   P(j) to 16 bits; O *= rescale
-//                                                      |
+//   warps 1-3  inspectors    <======== v_empty ======= |   wait O, release V(j+1)
+//              (BAND only)                             |   P(j) to 16 bits; O *= rescale
+//                          the item == inspected ====> | after the last step
 //                          o, by TMA <================ | after the last step
 //   warp 0     producer    items ==== item_full =====> | all other roles, before their first step
 //                                <=== item_empty ===== | and after their last (hopper_items.cuh)
@@ -34,10 +34,10 @@
 // place (O_OVER_Q), after that.
 //
 // The inspectors look for non-finite values of V, see nonfinite.cuh, in tiles of which some row
-// does not see some key, and set them to zero. Where they found any, the consumers read these tiles
-// once more, from global memory, when the item is done. Missing keys need no inspection: TMA fills
-// up with zeros.
+// does not see some key. Where they find any, the item's O is spoilt: the consumers compute it anew
+// (hopper_forward_pairs.cuh). Missing keys need no inspection: TMA fills up with zeros.
 #include "hopper_forward.cuh"
+#include "hopper_forward_pairs.cuh"
 #include "wgmma.cuh"
 #include "mma.cuh"
 #include "score.cuh"
@@ -99,14 +99,12 @@ struct Consumer {
 
     Ring<Config::STAGES> k_ring, v_ring;
     Ring<1> q_ring;
-    uint32 inspected_parities = 0;  // of the next phase of each stage's barrier, a bit for each
 
     // Of an item.
     Accumulator<float> o[1][DIM_BLOCKS_V];
     uint32 p[KEY_BLOCKS][4];  // of the latest step
     float rescale[1][2];      // what O, without this P, is to be multiplied by
     OnlineSoftmax<float, 1> softmax;
-    uint32 nonfinite;  // whether the inspectors found anything, known to the leader
 
     DEVICE Consumer(const AttentionParams& params, const ForwardMaps& maps)
         : params(params),
@@ -152,23 +150,6 @@ struct Consumer {
         wgmma_commit();
     }
 
-    DEVICE void wait_for_v(const Item<Config>& item, int32 tile) {
-        wait_for(shared.v_full(v_ring.stage), v_ring.parity);
-        if (!Config::BAND || item.tiles.is_full(tile)) return;
-        wait_for_inspectors();
-        // The leader's release lets the inspectors write these words again, so no other thread
-        // reads them.
-#pragma unroll
-        for (int i = 0; i < Config::INSPECTORS; ++i) {
-            if (leader) nonfinite |= load_shared<uint32>(shared.found(v_ring.stage, i));
-        }
-    }
-    // Of each partial tile of the item once, also of those that only other consumers' rows see.
-    DEVICE void wait_for_inspectors() {
-        wait_for(shared.inspected(v_ring.stage), inspected_parities >> v_ring.stage & 1);
-        inspected_parities ^= 1u << v_ring.stage;
-    }
-
     // Softcap and ALiBi.
     DEVICE void modify(Scores& s, const Item<Config>& item, int32 tile) const {
 #pragma unroll
@@ -205,7 +186,7 @@ struct Consumer {
     // S to P, still as floats, and `rescale`.
     template <bool PARTIAL>
     DEVICE void exponentiate(Scores& s, const Item<Config>& item, int32 tile) {
-        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;  // leaves no register to look
+        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;  // leaves no register to ask all_see
         if constexpr (MODIFIES) modify(s, item, tile);
         if (PARTIAL &&
             (MODIFIES || !item.all_see(item.first_row + group * ROWS, ROWS, tile))) {
@@ -254,8 +235,8 @@ struct Consumer {
         keep_p(s);
     }
 
-    // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in
-    // either of them (not PARTIAL), nothing but the products and P remains.
+    // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in it
+    // (not PARTIAL), nothing but the products and P remains.
     template <bool PARTIAL>
     DEVICE void step(const Item<Config>& item, int32 tile) {
         Scores s;
@@ -263,11 +244,7 @@ struct Consumer {
         take_turn();
         wgmma_fence();
         multiply_q_k(s);
-        if constexpr (PARTIAL) {
-            wait_for_v(item, tile + 1);
-        } else {
-            wait_for(shared.v_full(v_ring.stage), v_ring.parity);
-        }
+        wait_for(shared.v_full(v_ring.stage), v_ring.parity);
         if constexpr (Config::RESCALE_UNDER_S) {
             scale_o(rescale);
             wgmma_fence();
@@ -288,14 +265,13 @@ struct Consumer {
     // Tiles that only other consumers' rows see. The turns and the stages need this one, too: it
     // takes a turn for each tile of the item, and releases a stage not before it is full, as its
     // arrival would count for the phase before, nor before all its threads have seen that.
-    DEVICE void skip_tiles(const Item<Config>& item, int32 begin, int32 end) {
+    DEVICE void skip_tiles(int32 begin, int32 end) {
 #pragma unroll 1
         for (int32 tile = end - 1; tile >= begin; --tile) {
             take_turn();
             pass_turn();
             wait_for(shared.k_full(k_ring.stage), k_ring.parity);
             wait_for(shared.v_full(v_ring.stage), v_ring.parity);
-            if (Config::BAND && !item.tiles.is_full(tile)) wait_for_inspectors();
             sync_named(ALONE + group, WARPGROUP);
             release(shared.k_empty(k_ring.stage));
             release(shared.v_empty(v_ring.stage));
@@ -311,63 +287,27 @@ struct Consumer {
         // Not in a uniform register, of which the products' addresses need many.
         int32 tile = recompute_from(tiles.end - 1);
         first_step(item, tile--);
-        // Tiles masked at their right end and the one behind them, tiles that are full for all rows
-        // of the item, as the one to their right is, tiles masked at their left end. (A product
-        // under an `if` would make the compiler wait for every one of them.)
+        // Tiles masked at their right end, full ones, tiles masked at their left end. (A product
+        // under an `if` would make the compiler wait for every one of them.) With masks the first
+        // full tile goes with those before it: in all steps after it head dim 128 is 2 % faster.
+        const TileRange& bounds = Config::BAND ? item.tiles : tiles;
         if constexpr (Config::BAND) {
 #pragma unroll 1
-            for (; tile >= max(item.tiles.full_end - 1, tiles.begin); --tile) {
+            for (; tile >= max(bounds.full_end - 1, tiles.begin); --tile) {
                 step<true>(item, tile);
             }
         }
 #pragma unroll 1
-        for (; tile >= max(item.tiles.full_begin, tiles.begin); --tile) step<false>(item, tile);
+        for (; tile >= max(bounds.full_begin, tiles.begin); --tile) step<false>(item, tile);
         if constexpr (Config::BAND) {
 #pragma unroll 1
             for (; tile >= tiles.begin; --tile) step<true>(item, tile);
         }
         if constexpr (!Config::O_OVER_Q) release(shared.q_empty());
-        wait_for_v(item, tiles.begin);
+        wait_for(shared.v_full(v_ring.stage), v_ring.parity);
         if constexpr (Config::RESCALE_UNDER_S) scale_o(rescale);
         wgmma_fence();
         multiply_p_v();
-    }
-
-    // The columns of o, of those that this thread has, in which a row sees a non-finite value in a
-    // partial tile of v: a bit for each.
-    DEVICE uint64 nonfinite_columns(const Item<Config>& item, int32 i) const {
-        const HeadIndex index = item.index();
-        const T* const v = head_data<const T>(params.v, index, index.head / params.group);
-        const auto keys = item.score.keys(i);
-        uint64 columns = 0;
-#pragma unroll 1
-        for (int32 key = keys.first; key <= keys.last; ++key) {
-            if (item.tiles.is_full(key / Config::TILE_N)) continue;
-#pragma unroll 1
-            for (int c = 0; c < 4 * DIM_BLOCKS_V; ++c) {
-                const int32 col = c / 2 * 8 + Accumulator<float>::col(0, c % 2);
-                if (col < params.head_dim_v &&
-                    is_nonfinite<T>(v[key * params.v.row + col].bits)) {
-                    columns |= uint64(1) << c;
-                }
-            }
-        }
-        return columns;
-    }
-
-    // Sets to NaN what sees a non-finite value that the inspectors took out.
-    DEVICE void spread_nonfinite_v(const Item<Config>& item) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint64 columns = nonfinite_columns(
-                item, item.first_row + row + Accumulator<float>::row(2 * r));
-#pragma unroll
-            for (int c = 0; c < 4 * DIM_BLOCKS_V; ++c) {
-                if (columns >> c & 1) {
-                    o[0][c / 4].value[c / 2 % 2][2 * r + c % 2] = infinity<float>() * 0;
-                }
-            }
-        }
     }
 
     DEVICE void store_lse(const Item<Config>& item, const float (&lse)[1][2]) const {
@@ -411,15 +351,26 @@ struct Consumer {
         }
     }
 
+    // O of these rows anew, if it is spoilt; what store_o has sent is there before.
+    DEVICE void repair_o(const Item<Config>& item) const {
+        wait_for(shared.inspected(item.stage()), item.parity());
+        if (load_shared<uint32>(item.spoilt()) == 0) return;
+        if (leader) wait_bulk<0>();
+        sync_named(ALONE + group, WARPGROUP);
+        // Parameters that are read before the steps would take the steps' registers.
+        const PairOutput<Config> pairs(reread_from(params), item.index());
+        const int32 first_row = item.first_row + group * ROWS;
+        pairs.store(first_row, first_row + ROWS);
+    }
+
     DEVICE void run() {
         if (group == Config::CONSUMERS - 1) pass_turn();  // to consumer 0
         follow_items<Config>(params, shared, [&](const Item<Config>& item) {
             softmax = {};
-            nonfinite = 0;
 #pragma unroll
             for (int n = 0; n < DIM_BLOCKS_V; ++n) o[0][n] = {};
             const TileRange tiles = item.tiles_of(item.first_row + group * ROWS, ROWS);
-            skip_tiles(item, tiles.end, item.tiles.end);
+            skip_tiles(tiles.end, item.tiles.end);
             walk_keys(item, tiles);
             float scale[1][2], lse[1][2];
             softmax.finish(scale, lse);
@@ -427,17 +378,12 @@ struct Consumer {
             wgmma_wait<0>();
             release(shared.v_empty(v_ring.stage));
             v_ring.advance();
-            if constexpr (Config::BAND) skip_tiles(item, item.recomputed_begin(), tiles.begin);
+            if constexpr (Config::BAND) skip_tiles(item.recomputed_begin(), tiles.begin);
             scale_o(scale);
-            if (leader) {
-                store_shared(shared.found_in_item(group), nonfinite);
-                wait_bulk_read<0>();
-            }
+            if (leader) wait_bulk_read<0>();
             sync_named(ALONE + group, WARPGROUP);
-            if constexpr (Config::BAND) {
-                if (load_shared<uint32>(shared.found_in_item(group))) spread_nonfinite_v(item);
-            }
             store_o(item);
+            if constexpr (Config::BAND) repair_o(item);
         });
         if (group == 0) take_turn();  // that the last consumer has passed
         if (leader) wait_bulk<0>();

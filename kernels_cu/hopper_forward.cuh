@@ -13,7 +13,7 @@
 #include "nonfinite.cuh"
 
 // A block's shared memory: q, STAGES of k, STAGES of v, o unless it takes q's place; mbarriers;
-// what the inspectors found.
+// items.
 template <class Config>
 struct SharedMemory {
     using T = typename Config::Element;
@@ -30,11 +30,10 @@ struct SharedMemory {
     static constexpr int O_OFFSET = Config::O_OVER_Q ? 0 : V_OFFSET + STAGES * VTile::BYTES;
     static constexpr int BARRIERS_OFFSET =
         V_OFFSET + STAGES * VTile::BYTES + (Config::O_OVER_Q ? 0 : OTile::BYTES);
-    static constexpr int BARRIERS = 2 + 2 * ITEM_STAGES + 5 * STAGES;
+    static constexpr int BARRIERS = 2 + 3 * ITEM_STAGES + 4 * STAGES;
     static constexpr int ITEMS_OFFSET = BARRIERS_OFFSET + ceil_div(BARRIERS, 2) * CHUNK_BYTES;
     static constexpr int ITEM_BYTES = sizeof(ItemWords);
-    static constexpr int FOUND_OFFSET = ITEMS_OFFSET + ITEM_STAGES * ITEM_BYTES;
-    static constexpr int BYTES = FOUND_OFFSET + (STAGES + 1) * CHUNK_BYTES;
+    static constexpr int BYTES = ITEMS_OFFSET + ITEM_STAGES * ITEM_BYTES;
     static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
 
     const uint32 base;
@@ -66,6 +65,9 @@ struct SharedMemory {
     DEVICE uint32 item_empty(int stage) const {
         return barrier(2 + ITEM_STAGES + stage);
     }
+    DEVICE uint32 inspected(int stage) const {  // of an item
+        return barrier(2 + 2 * ITEM_STAGES + stage);
+    }
     DEVICE uint32 k_full(int stage) const {
         return tile_barrier(0, stage);
     }
@@ -78,21 +80,9 @@ struct SharedMemory {
     DEVICE uint32 v_empty(int stage) const {
         return tile_barrier(3, stage);
     }
-    DEVICE uint32 inspected(int stage) const {
-        return tile_barrier(4, stage);
-    }
     DEVICE uint32 item(int stage) const {
         return base + ITEMS_OFFSET + stage * ITEM_BYTES;
     }
-    // A word: whether an inspector found a non-finite value in the tile of v, if it is partial.
-    DEVICE uint32 found(int stage, int inspector) const {
-        return base + FOUND_OFFSET + stage * CHUNK_BYTES + inspector * 4;
-    }
-    // A word: whether one of them did in a tile of a consumer's item.
-    DEVICE uint32 found_in_item(int consumer) const {
-        return base + FOUND_OFFSET + STAGES * CHUNK_BYTES + consumer * 4;
-    }
-
     DEVICE void init_barriers() const {
         init_barrier(q_full(), 1);
         init_barrier(q_empty(), Config::CONSUMERS);
@@ -100,6 +90,7 @@ struct SharedMemory {
         for (int stage = 0; stage < ITEM_STAGES; ++stage) {
             init_barrier(item_full(stage), 1);
             init_barrier(item_empty(stage), 4 * Config::CONSUMERS + Config::INSPECTORS);
+            if constexpr (Config::BAND) init_barrier(inspected(stage), Config::INSPECTORS);
         }
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
@@ -107,7 +98,6 @@ struct SharedMemory {
             init_barrier(k_empty(stage), Config::CONSUMERS);
             init_barrier(v_full(stage), 1);
             init_barrier(v_empty(stage), Config::CONSUMERS + Config::INSPECTORS);
-            if constexpr (Config::BAND) init_barrier(inspected(stage), Config::INSPECTORS);
         }
         fence_barrier_init();
     }
@@ -117,7 +107,7 @@ private:
         return base + BARRIERS_OFFSET + index * BARRIER_BYTES;
     }
     DEVICE uint32 tile_barrier(int kind, int stage) const {
-        return barrier(2 + 2 * ITEM_STAGES + kind * STAGES + stage);
+        return barrier(2 + 3 * ITEM_STAGES + kind * STAGES + stage);
     }
 };
 
@@ -161,51 +151,30 @@ DEVICE void produce(const AttentionParams& params, const ForwardMaps& maps) {
     });
 }
 
-// Whether the inspectors' share of a tile that is this warp's has a non-finite value; all of them
-// are zero afterwards.
-template <class Config, class Tile>
-DEVICE bool remove_nonfinite(Tile tile, int inspector) {
-    using T = typename Config::Element;
-    constexpr int STEP = Config::INSPECTORS * WARP * CHUNK_BYTES;
-    const uint32 first = tile.address + (inspector * WARP + lane_index()) * CHUNK_BYTES;
-    bool found = false;
-#pragma unroll 8
-    for (uint32 chunk = first; chunk < tile.address + Tile::BYTES; chunk += STEP) {
-        found |= has_nonfinite_16<T>(load_shared<Chunk>(chunk));
-    }
-    if (!__any_sync(0xffffffff, found)) return false;
-#pragma unroll 1
-    for (uint32 chunk = first; chunk < tile.address + Tile::BYTES; chunk += STEP) {
-        for (uint32 address = chunk; address < chunk + CHUNK_BYTES; address += sizeof(T)) {
-            if (nonfinite_at<T>(address)) store_shared(address, uint16(0));
-        }
-    }
-    fence_async_shared();
-    return true;
-}
-
 // Warps 1 to 3 of warpgroup 0. They follow the ring of V through all tiles: their share in v_empty
 // keeps it from getting ahead of them.
 template <class Config>
 DEVICE void inspect(const AttentionParams& params) {
     const SharedMemory<Config> shared;
-    const int inspector = threadIdx.x / WARP - 1;
+    const int thread = threadIdx.x - WARP;  // of the inspectors'
     Ring<Config::STAGES> ring;
     follow_items<Config>(params, shared, [&](const Item<Config>& item) {
+        bool found = false;
         for_each_tile(item, [&](int32 tile) {
             wait_for(shared.v_full(ring.stage), ring.parity);
-            const bool partial = !item.tiles.is_full(tile);
-            uint32 found = 0;
-            if (partial) found = remove_nonfinite<Config>(shared.v(ring.stage), inspector);
-            __syncwarp();
-            if (lane_index() == 0) {
-                if (partial) {
-                    store_shared(shared.found(ring.stage, inspector), found);
-                    arrive_at(shared.inspected(ring.stage));
-                }
-                arrive_at(shared.v_empty(ring.stage));
+            if (!item.tiles.is_full(tile)) {
+                const auto v = shared.v(ring.stage);
+                found |= finds_nonfinite_16<typename Config::Element, 8>(
+                    v.address, v.BYTES, thread, Config::INSPECTORS * WARP);
             }
+            __syncwarp();
+            if (lane_index() == 0) arrive_at(shared.v_empty(ring.stage));
             ring.advance();
         });
+        found = __any_sync(0xffffffff, found);
+        if (lane_index() == 0) {
+            if (found) add_shared(item.spoilt(), 1);
+            arrive_at(shared.inspected(item.stage()));
+        }
     });
 }

@@ -28,8 +28,11 @@ struct alignas(CHUNK_BYTES) ItemWords {
     int32 first_row;  // of q; NO_ITEM at the end
     int32 head;       // of its batch entry
     int32 batch[BATCH_AXES];
-    int32 unused[2];
+    uint32 phase;   // of the barriers of its place in the ring: 2 stage + parity
+    uint32 spoilt;  // not 0: products with V are, by values of V that are not finite
 };
+static_assert(sizeof(ItemWords) == 2 * CHUNK_BYTES);
+constexpr int PHASE_OFFSET = 24, SPOILT_OFFSET = 28;  // of the last words, bytes
 constexpr int32 NO_ITEM = -1;
 constexpr int ITEM_STAGES = 2;
 
@@ -66,6 +69,17 @@ struct Item {
         index.batch[2] = second.words[0];
         index.batch[3] = second.words[1];
         return index;
+    }
+
+    // Where the inspectors say so.
+    DEVICE uint32 spoilt() const {
+        return words + SPOILT_OFFSET;
+    }
+    DEVICE int stage() const {
+        return load_shared<uint32>(words + PHASE_OFFSET) / 2;
+    }
+    DEVICE uint32 parity() const {
+        return load_shared<uint32>(words + PHASE_OFFSET) % 2;
     }
 
     // The tiles that the rows from `first` on see, some or all of the item's: one at least, so that
@@ -135,8 +149,7 @@ struct Schedule {
         const HeadIndex index(params, place.head, params.heads);
         return {static_cast<int32>((row_tiles - 1 - place.tile) * Config::TILE_M),
                 index.head,
-                {index.batch[0], index.batch[1], index.batch[2], index.batch[3]},
-                {0, 0}};
+                {index.batch[0], index.batch[1], index.batch[2], index.batch[3]}};
     }
 
 private:
@@ -163,13 +176,14 @@ DEVICE void hand_out_items(const AttentionParams& params, const Shared& shared, 
         more = schedule.exists(next);
         wait_for(shared.item_empty(ring.stage), ring.parity ^ 1);
         const uint32 address = shared.item(ring.stage);
-        const ItemWords words = more ? schedule.words(next) : ItemWords{NO_ITEM};
-        store_shared(address, Chunk{{static_cast<uint32>(words.first_row),
-                                     static_cast<uint32>(words.head),
-                                     static_cast<uint32>(words.batch[0]),
-                                     static_cast<uint32>(words.batch[1])}});
-        store_shared(address + CHUNK_BYTES, Chunk{{static_cast<uint32>(words.batch[2]),
-                                                   static_cast<uint32>(words.batch[3]), 0, 0}});
+        ItemWords words = more ? schedule.words(next) : ItemWords{NO_ITEM};
+        words.phase = 2 * ring.stage + ring.parity;
+        struct Chunks {
+            Chunk chunk[2];
+        };
+        const auto chunks = bit_cast<Chunks>(words);
+        store_shared(address, chunks.chunk[0]);
+        store_shared(address + CHUNK_BYTES, chunks.chunk[1]);
         arrive_at(shared.item_full(ring.stage));
         if (more) task(Item<Config>(params, address));
     }

@@ -1,9 +1,12 @@
 // NaN and infinity in rows that are out of sight.
 //
 // A weight of 0 does not keep a value out of a matrix product: 0 * NaN is NaN. So where a tile is
-// only partly visible its non-finite values are taken out of it (remove_nonfinite), and after the
-// product the tile is loaded once more and what sees one of them is set to NaN (spread_nonfinite).
-// This is rare; what every partial tile pays is the search (any_nonfinite).
+// only partly visible its non-finite values are looked for. What is done about them is rare.
+//
+// The portable kernels take them out of the tile (remove_nonfinite); after the product they load
+// it once more and set to NaN what sees one of them (spread_nonfinite). Hopper's kernels, whose
+// steps have no time for either, let their products be spoilt and compute the results anew, pair by
+// pair of rows (hopper_forward_pairs.cuh, hopper_backward_pairs.cuh).
 #pragma once
 #include "types.cuh"
 #include "mma.cuh"
@@ -59,8 +62,8 @@ DEVICE bool has_nonfinite(const Chunk& chunk) {
     return found;
 }
 
-// The same of 16-bit elements by fewer instructions, which take more registers: an exponent that is
-// all 1 carries into the sign's bit.
+// The same for Hopper's kernels, of 16-bit elements, by fewer instructions, which take registers
+// that the portable ones do not have: an exponent that is all 1 carries into the sign's bit.
 template <class T>
 DEVICE bool has_nonfinite_16(const Chunk& chunk) {
     static_assert(sizeof(T) == 2);
@@ -71,6 +74,17 @@ DEVICE bool has_nonfinite_16(const Chunk& chunk) {
         sums |= (chunk.words[i] & BOTH * EXPONENT_BITS<T>) + BOTH * LOWEST;
     }
     return sums & BOTH * 0x8000;
+}
+
+// Whether one of a thread's chunks of `bytes` bytes of shared memory has a non-finite value.
+template <class T, int UNROLL>
+DEVICE bool finds_nonfinite_16(uint32 address, int bytes, int thread, int threads) {
+    bool found = false;
+#pragma unroll UNROLL
+    for (int i = thread * CHUNK_BYTES; i < bytes; i += threads * CHUNK_BYTES) {
+        found |= has_nonfinite_16<T>(load_shared<Chunk>(address + i));
+    }
+    return found;
 }
 
 // Whether this thread's part of a tile holds a non-finite value.

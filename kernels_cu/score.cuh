@@ -109,6 +109,13 @@ struct Tanh<double> {
     }
 };
 
+// What dK and dQ are to be multiplied by: the score's derivative, if it is the same for all pairs;
+// a softcap's is part of dS.
+template <class Config>
+DEVICE float gradient_scale(const AttentionParams& params) {
+    return Config::SOFTCAP ? 1 : scalars<float>(params).scale;
+}
+
 // Scores of one head in base 2: the softmax is that of 2^(factor * modify(s)), s = q . k.
 // Config has the Element type and the switches BAND, SOFTCAP and ALIBI.
 template <class Config, class Real>

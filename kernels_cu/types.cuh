@@ -56,6 +56,14 @@ DEVICE float in_register(float x) {
     return bit_cast<float>(recompute_from(bit_cast<uint32>(x)));
 }
 
+// The same object, which the compiler reads where it is needed, not before.
+template <class T>
+DEVICE const T& reread_from(const T& x) {
+    const uint64 address = reinterpret_cast<uint64>(&x);
+    const uint32 low = recompute_from(static_cast<uint32>(address));
+    return *reinterpret_cast<const T*>(address >> 32 << 32 | low);
+}
+
 // Infinity of the type that scores and sums are kept in (float, or double for float64).
 template <class Real>
 DEVICE Real infinity();

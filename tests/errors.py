@@ -54,10 +54,10 @@ def assert_exact(
 def assert_finite_alike(case: Case, results: tuple[Any, ...]) -> None:
     """Check that what is finite in the specification is so in the results, as exact as ever.
 
-    And that no more is finite.
+    And that no more is finite. As in `assert_exact`, these may be the first few results.
     """
     reference = dense(case.astype(FLOAT64), FLOAT64)
-    for name, got, expected, spec in zip(NAMES, results, reference, dense(case), strict=True):
+    for name, got, expected, spec in zip(NAMES, results, reference, dense(case), strict=False):
         got, spec = got.astype(FLOAT64), spec.astype(FLOAT64)
         finite = np.isfinite(expected)
         np.testing.assert_array_equal(np.isfinite(got), finite, err_msg=name)

@@ -12,7 +12,7 @@ from engines import HOST
 from errors import assert_exact, assert_finite_alike
 from host.device import missing_compiler
 from host.machine import HOPPER, HostMachine
-from strategies import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, LAYOUTS, Case, make_case
+from strategies import BFLOAT16, FLOAT16, FLOAT64, LAYOUTS, Case, make_case
 
 import flash_cupy
 from flash_cupy.cuda import force_family, hopper, hopper_backward
@@ -167,7 +167,9 @@ MASKED = [
 ]
 
 
-@pytest.mark.parametrize("name", [*MASKED, "full tiles behind a mask, wide"])
+@pytest.mark.parametrize(
+    "name", [*MASKED, "full tiles between masks", "full tiles behind a mask, wide"]
+)
 def test_masks_with_the_plans_of_long_sequences(long_plans: None, forward: Run, name: str) -> None:
     test_equals_dense_softmax(forward, name)
 
@@ -212,14 +214,14 @@ def test_nan_reaches_exactly_the_rows_that_see_it(
 ) -> None:
     case = make_case((), 2, 1, seqlen, seqlen, head_dim, head_dim, BFLOAT16, seed=4, window=window)
     v = case.v.copy()
-    expected = forward(case)[0].astype(FLOAT32)
+    finite = np.ones((2, seqlen, head_dim), bool)
     for key, column, value in zip(keys, (3, 60), (np.nan, np.inf), strict=True):
         v[0, key, column] = value
-        expected[:, key - window[1] : key + window[0] + 1, column] = np.nan
-    got = forward(replace(case, v=v))[0].astype(FLOAT64)
-    # An infinity that nothing hides stays one.
-    got[~np.isfinite(got)] = np.nan
-    np.testing.assert_array_equal(got, expected)
+        finite[:, key - window[1] : key + window[0] + 1, column] = False
+    case = replace(case, v=v)
+    o, lse = forward(case)
+    np.testing.assert_array_equal(np.isfinite(o.astype(FLOAT64)), finite)
+    assert_finite_alike(case, (o, lse))
 
 
 # As above; backward, too, and whether in a fixed order.
@@ -402,6 +404,40 @@ def check_nan(
         untouched = (rows != row, rows > row, rows > row)
     for x, expected in zip(results[2:], untouched, strict=True):
         np.testing.assert_array_equal(np.isfinite(x[0].astype(FLOAT64)).all(axis=1), expected)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("name", ["q", "do", "dlse"])
+def test_nan_in_a_query_that_sees_nothing(
+    whole_heads: None, both: Run, name: str, head_dim: int, alibi: bool
+) -> None:
+    dims = head_dim, head_dim
+    case = make_case((), 1, 1, 100, 70, *dims, FLOAT16, seed=6, causal=True, alibi=alibi)
+    spoilt = getattr(case, name).copy()
+    spoilt[0, 5] = np.nan
+    results = both(replace(case, **{name: spoilt}))
+    assert_exact(case, results)
+
+
+#: Head dims, options.
+NAN_AMONG_GROUPS = [
+    (88, 72, {"window": (50, 20), "alibi": True}),
+    (192, 128, {"causal": True}),
+    (256, 256, {"window": (90, 0), "softcap": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "options"), NAN_AMONG_GROUPS, ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v", "do"])
+def test_nan_among_groups_and_a_batch(
+    both: Run, name: str, head_dim: int, head_dim_v: int, options: dict[str, Any]
+) -> None:
+    case = make_case((2,), 4, 2, 110, 140, head_dim, head_dim_v, BFLOAT16, seed=6, **options)
+    spoilt = getattr(case, name).copy()
+    spoilt[1, 1, [60, 99], [70, 2]] = np.nan, -np.inf
+    case = replace(case, **{name: spoilt})
+    assert_finite_alike(case, both(case))
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])

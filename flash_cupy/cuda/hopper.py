@@ -149,10 +149,10 @@ class HopperForwardPlan(HopperPlan):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: q, the stages of k and v, o; barriers, what inspectors found."""
+        """Dynamic shared memory: q, the stages of k and v, o; barriers, items."""
         q, o = (self.tile_bytes(self.tile_m, n) for n in (self.head_dim, self.head_dim_v))
         k, v = (self.tile_bytes(self.tile_n, n) for n in (self.head_dim, self.head_dim_v))
-        barriers = ceil_div(6 + 5 * self.stages, 2) * 2 * BARRIER_BYTES
+        barriers = ceil_div(8 + 4 * self.stages, 2) * 2 * BARRIER_BYTES
         items = 2 * 2 * CHUNK_BYTES
         return (
             SWIZZLE_ALIGNMENT
@@ -160,7 +160,6 @@ class HopperForwardPlan(HopperPlan):
             + self.stages * (k + v)
             + barriers
             + items
-            + (self.stages + 1) * CHUNK_BYTES
         )
 
     @property
@@ -200,16 +199,17 @@ class ForwardTiles(NamedTuple):
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (64, 64): [
-        ForwardTiles(128, 3, stages=3, modified=False, min_seqlen=1280, l2_bytes=16 << 20),
+        ForwardTiles(128, 3, stages=4, modified=False, min_seqlen=1280, l2_bytes=16 << 20),
         ForwardTiles(128, 3, stages=3, modified=False, band=False, most_waste=0.1),
         ForwardTiles(64, 4, stages=6, modified=False, most_waste=0.25, l2_bytes=16 << 20),
         ForwardTiles(128, 3, stages=3, modified=False, band=False),
         ForwardTiles(128, 2, modified=False),
         ForwardTiles(96, 3, l2_bytes=16 << 20),
     ],
-    (96, 96): [ForwardTiles(144, 2)],
+    (96, 96): [ForwardTiles(128, 2)],
     (128, 128): [
-        ForwardTiles(176, 2, band=False, modified=False, min_seqlen=4096),
+        ForwardTiles(160, 2, band=False, modified=False, min_seqlen=2048),
+        ForwardTiles(160, 2, modified=False, min_seqlen=4096),
         ForwardTiles(128, 2),
     ],
     (192, 128): [
