@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -49,16 +50,52 @@ def timer_for(xp: Any) -> Timer:
     return gpu_timer if xp.__name__ == "cupy" else cpu_timer
 
 
-def alternate(calls: Mapping[str, Call], xp: Any, seconds: float) -> dict[str, float]:
-    """Time warmed-up calls in turn, one of each a round; return their medians in seconds.
+#: Bytes of each of the arrays that `gpu_filler` copies.
+FILLER_BYTES = 64 << 20
 
-    Alternating gives all the same share of whatever happens to the machine meanwhile: its clock
-    follows its temperature and its power. `seconds` is what each may take in all on average.
+
+def gpu_filler(xp: Any) -> Callable[[float], None]:
+    """Return a function that gives the GPU work for at least so many seconds, and waits for none.
+
+    What is launched meanwhile follows without gaps, however long launching takes.
+    """
+    a, b = xp.zeros((2, FILLER_BYTES), xp.uint8)
+
+    def copy() -> None:
+        xp.copyto(a, b)
+
+    copy()
+    once = gpu_timer(copy)()
+
+    def fill(seconds: float) -> None:
+        for _ in range(int(seconds / once)):
+            copy()
+
+    return fill
+
+
+def alternate(calls: Mapping[str, Call], xp: Any, seconds: float) -> dict[str, float]:
+    """Time warmed-up calls, one of each a round; return their medians in seconds.
+
+    Rounds give all the same share of whatever happens to the machine meanwhile: its clock follows
+    its temperature and its power. The order within a round is random, for a call meets the clock
+    that the one before it leaves behind: behind one that draws little power a higher one. A GPU is
+    kept busy while a round is launched, so that no time of the CPU counts. `seconds` is what each
+    may take in all on average.
     """
     timer = timer_for(xp)
+    fill = gpu_filler(xp) if xp.__name__ == "cupy" else None
+    order = random.Random(0)
+    launching = 0.0  # seconds, in the round before
 
     def one_round() -> dict[str, Callable[[], float]]:
-        return {name: timer(call) for name, call in calls.items()}
+        nonlocal launching
+        if fill:
+            fill(2 * launching)
+        start = time.perf_counter()
+        marks = {name: timer(calls[name]) for name in order.sample(list(calls), len(calls))}
+        launching = time.perf_counter() - start
+        return marks
 
     rounds = [one_round()]
     once = sum(wait() for wait in rounds[0].values())
