@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Call: TypeAlias = Callable[[], object]
@@ -74,31 +73,50 @@ def gpu_filler(xp: Any) -> Callable[[float], None]:
     return fill
 
 
-def alternate(calls: Mapping[str, Call], xp: Any, seconds: float) -> dict[str, float]:
-    """Time warmed-up calls, one of each a round; return their medians in seconds.
+def each_after_each(names: Sequence[str]) -> list[str]:
+    """Return an order, to be repeated, in which each comes directly behind each other one, once.
 
-    Rounds give all the same share of whatever happens to the machine meanwhile: its clock follows
-    its temperature and its power. The order within a round is random, for a call meets the clock
-    that the one before it leaves behind: behind one that draws little power a higher one. A GPU is
-    kept busy while a round is launched, so that no time of the CPU counts. `seconds` is what each
-    may take in all on average.
+    It is an Eulerian circuit of all ordered pairs, found by Hierholzer's algorithm.
+    """
+    followers = {name: [other for other in names if other != name] for name in names}
+    path, order = [names[0]], []
+    while path:
+        if followers[path[-1]]:
+            path.append(followers[path[-1]].pop())
+        else:
+            order.append(path.pop())
+    return order[1:] or order  # it ends where it began
+
+
+def alternate(calls: Mapping[str, Call], xp: Any, seconds: float) -> dict[str, float]:
+    """Time warmed-up calls in turn; return their medians in seconds.
+
+    Turns give all the same share of whatever happens to the machine meanwhile: its clock follows
+    its temperature and its power. A call meets the clock that the one before it leaves behind,
+    behind one that draws little power a higher one: so each follows each other equally often. A GPU
+    is kept busy while a round of turns is launched, so that no time of the CPU counts. `seconds` is
+    what each may take in all on average.
     """
     timer = timer_for(xp)
     fill = gpu_filler(xp) if xp.__name__ == "cupy" else None
-    order = random.Random(0)
-    launching = 0.0  # seconds, in the round before
+    order = each_after_each(list(calls))
+    turns = len(order) // len(calls)  # of each in a round
+    marks: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
 
-    def one_round() -> dict[str, Callable[[], float]]:
-        nonlocal launching
+    def launch_round(number: int, launching: float) -> float:
+        """Start a round at another turn each time; return the seconds that launching it took."""
         if fill:
             fill(2 * launching)
+        first = number % len(order)
         start = time.perf_counter()
-        marks = {name: timer(calls[name]) for name in order.sample(list(calls), len(calls))}
-        launching = time.perf_counter() - start
-        return marks
+        for name in order[first:] + order[:first]:
+            marks[name].append(timer(calls[name]))
+        return time.perf_counter() - start
 
-    rounds = [one_round()]
-    once = sum(wait() for wait in rounds[0].values())
-    repeats = min(int(seconds * len(calls) / once), MOST_REPEATS)
-    rounds += [one_round() for _ in range(max(repeats, LEAST_REPEATS[xp.__name__]) - 1)]
-    return {name: statistics.median(marks[name]() for marks in rounds) for name in calls}
+    launching = launch_round(0, 0.0)
+    once = sum(wait() for waits in marks.values() for wait in waits)
+    repeats = min(int(seconds * len(order) / once), MOST_REPEATS)
+    rounds = -(-max(repeats, LEAST_REPEATS[xp.__name__]) // turns)
+    for number in range(1, rounds):
+        launching = launch_round(number, launching)
+    return {name: statistics.median(wait() for wait in waits) for name, waits in marks.items()}

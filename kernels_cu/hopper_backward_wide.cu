@@ -16,6 +16,13 @@
 //   1 to 3  (BAND only)  dq_sum, in global memory <======== |   wait dQ, add it
 //                                                           |   wait dK, release Q
 //
+// To add dQ takes longer than all products of a step. Where there are registers for it (AHEAD), it
+// goes on behind everything else: a consumer has two parts of dQ, of 64 dims each, and adds
+//
+//   the first part of dQ(i)          while dQ's second part, dV and dK are computed
+//   the rest of it, some of part 2   while S(i + 1) is computed, which the step issues at its end
+//   part 2, piece by piece           between the exponentials of the next step, and between its dS
+//
 // Lower case: mbarriers, one for each stage. Where P and dS have two stages, they need no barriers
 // of their own: who writes those of step i has met the others in step i - 1, after they waited for
 // their products of step i - 2, which read the same stage. Where they have one, all meet once more
@@ -39,6 +46,8 @@ struct Config {
     static constexpr int DQ_PARTS = HEAD_DIM / 64;
     static constexpr int DV_PARTS = HEAD_DIM_V / 64;
     static constexpr bool CONSUMERS_DIFFER = DV_PARTS % CONSUMERS != 0;  // have code of their own
+    // Whether a step computes S of the next one, for which others have no registers.
+    static constexpr bool AHEAD = DQ_PARTS / CONSUMERS == 2 && !SOFTCAP;
     static constexpr bool WIDE = true;
     static constexpr int HEAD_ROWS = 0;  // a block computes one tile of keys
     static constexpr bool WHOLE_HEAD = false;
@@ -72,14 +81,31 @@ struct Consumer : BackwardConsumer<Config> {
     using Scores = float[KEYS / 2];           // accumulators, 64 queries x KEYS
     template <int COUNT>
     using Sums = float[COUNT][TILE_N / 2];    // 64 dims x TILE_N keys each
-    using DqSums = float[PARTS][TILE_M / 2];  // 64 dims x TILE_M queries each
+    using DqPart = float[TILE_M / 2];          // 64 dims x TILE_M queries
+    static constexpr int PIECES = TILE_M / 8;  // of such a part: what one instruction adds
+
+    // Whether a step computes S of the next one, and leaves its second part of dQ to it.
+    static constexpr bool AHEAD = Config::AHEAD;
+    // How many pieces of the first part are added before S of the next step is issued, and how many
+    // of the second part by the time that S is there, P, dS. By measurement.
+    static constexpr int FIRST_PIECES = PIECES - 2;
+    static constexpr int LATE_WITH_S = 1, LATE_WITH_P = 3, LATE_WITH_DS = 6;
+    static_assert(LATE_WITH_DS <= PIECES);
 
     Sums<PARTS> dk;
     Sums<MY_DV_PARTS == 0 ? 1 : MY_DV_PARTS> dv;
-    bool adds;  // dQ, as it is not spoilt: known from the first step on
+    bool adds;         // dQ, as it is not spoilt: known from the first step on
+    DqPart late_dq;    // what a step has left to the next one
+    float* late_sums;  // what it is added to, or null
+    int32* late_turns;
 
     DEVICE Consumer(const Block& block, int index, Progress before)
-        : Base(block, index, before), dk{}, dv{}, adds(true) {}
+        : Base(block, index, before),
+          dk{},
+          dv{},
+          adds(true),
+          late_sums(nullptr),
+          late_turns(nullptr) {}
 
     DEVICE int first_row() const {  // of this consumer in the tiles of keys
         return KEYS * index;
@@ -120,16 +146,12 @@ struct Consumer : BackwardConsumer<Config> {
         wgmma_commit();
     }
 
-    // dQ^T = K^T dS^T, this consumer's dims.
-    DEVICE void multiply_dq(DqSums& dq, int stage) const {
+    // dQ^T = K^T dS^T, one block of this consumer's dims.
+    DEVICE void multiply_dq(DqPart& dq, int part, int stage) const {
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
-            for (int key = 0; key < TILE_N; key += 16) {
-                wgmma_ss<T, TILE_M, true, false>(dq[part],
-                                                 block.k_tile().mn_major(key, first_dim(part)),
-                                                 block.ds_tile(stage).k_major(0, key), key > 0);
-            }
+        for (int key = 0; key < TILE_N; key += 16) {
+            wgmma_ss<T, TILE_M, true, false>(dq, block.k_tile().mn_major(key, first_dim(part)),
+                                             block.ds_tile(stage).k_major(0, key), key > 0);
         }
         wgmma_commit();
     }
@@ -158,6 +180,7 @@ struct Consumer : BackwardConsumer<Config> {
                 s[x] = exp2_real(exponent * score.factor - terms.lse);
                 if constexpr (Config::SOFTCAP) dp[x] = (dp[x] - terms.dot) * derivative;
             }
+            add_late_half(r, LATE_WITH_S, LATE_WITH_P);
         }
     }
 
@@ -171,6 +194,7 @@ struct Consumer : BackwardConsumer<Config> {
                 const int x = j / 2 * 4 + 2 * r + j % 2;
                 dp[x] = p[x] * (dp[x] - dot);
             }
+            add_late_half(r, LATE_WITH_P, LATE_WITH_DS);
         }
     }
 
@@ -202,40 +226,68 @@ struct Consumer : BackwardConsumer<Config> {
         }
     }
 
-    // Adds dQ to dq_sum, in turns if need be; nothing if it is spoilt.
-    DEVICE void add_dq(const DqSums& dq, const Step& step) {
+    // ---- dQ to dq_sum ---------------------------------------------------------------------------
+    //
+    // L2 adds 17 bytes a clock for each multiprocessor, which for all of a step's dQ takes longer
+    // than its products; an addition that finds the way occupied waits, and its warp with it. So
+    // (AHEAD) they stand between everything else that a step does.
+
+    DEVICE float* part_sums(const Step& step, int part) const {
+        return block.dq_sums(step) + (index + Config::CONSUMERS * part) * Dq::PART +
+               Dq::at(thread(), 0);
+    }
+    static DEVICE void add_pieces(float* sums, const DqPart& dq, int begin, int end) {
+#pragma unroll
+        for (int i = begin; i < end; ++i) {
+            add_global<ADD_WIDTH>(sums + Dq::at(0, i), &dq[4 * i]);
+        }
+    }
+    // Of what the step before has left.
+    DEVICE void add_late(int begin, int end) const {
+        if constexpr (AHEAD) {
+            if (late_sums) add_pieces(late_sums, late_dq, begin, end);
+        }
+    }
+    // The first or the second half of these pieces.
+    DEVICE void add_late_half(int half, int begin, int end) const {
+        const int middle = (begin + end) / 2;
+        add_late(half == 0 ? begin : middle, half == 0 ? middle : end);
+    }
+    // Before the first addition of a step.
+    DEVICE void begin_adding(const Step& step) {
         if (Config::BAND && step.first) {
             block.wait_for_inspectors();
             adds = !block.is_set(Block::DQ_SPOILT);
         }
-        if (!adds) return;
-        float* const sums = block.dq_sums(step) + Dq::at(thread(), 0);
-        if constexpr (Config::DETERMINISTIC) {
+        if (Config::DETERMINISTIC && adds) {
             wait_for_turn(block.dq_turns(step) + index, block.turn(step.tile));
         }
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
-            for (int i = 0; i < TILE_M / 8; ++i) {
-                add_global<ADD_WIDTH>(
-                    sums + (index + Config::CONSUMERS * part) * Dq::PART + Dq::at(0, i),
-                    &dq[part][4 * i]);
-            }
-        }
-        if constexpr (Config::DETERMINISTIC) {
-            sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-            if (leads()) pass_turn(block.dq_turns(step) + index);
-        }
+    }
+    // After the last one.
+    DEVICE void end_adding(int32* turns) const {
+        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
+        if (leads()) pass_turn(turns);
+    }
+    DEVICE void end_late() const {
+        if (Config::DETERMINISTIC && late_sums) end_adding(late_turns);
     }
 
-    // P and dS of a step to shared memory.
-    DEVICE void compute_weights(const Step& step) const {
-        const int stage = step.stage();
-        Scores s, dp;
-        wait_for(block.barrier(Block::Q_FULL + stage), step.parity());
+    // ---- a step ---------------------------------------------------------------------------------
+
+    // S of the step that has the number `index`.
+    DEVICE void multiply_q_k(Scores& s, uint32 index) const {
+        const Step step = {0, 0, index, false};
+        wait_for(block.barrier(Block::Q_FULL + step.stage()), step.parity());
         wgmma_fence();
-        multiply_rows<Config::HEAD_DIM>(s, block.q_tile(stage), block.k_tile());
+        multiply_rows<Config::HEAD_DIM>(s, block.q_tile(step.stage()), block.k_tile());
+    }
+
+    // P and dS of a step to shared memory. S is there or on its way.
+    DEVICE void compute_weights(Scores& s, const Step& step) const {
+        const int stage = step.stage();
+        Scores dp;
         wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
+        if constexpr (AHEAD) wgmma_fence();
         multiply_rows<Config::HEAD_DIM_V>(dp, block.do_tile(stage), block.v_tile());
         const bool partial = block.is_partial(step.tile);
         wgmma_wait<Config::SOFTCAP ? 0 : 1>();
@@ -248,28 +300,89 @@ struct Consumer : BackwardConsumer<Config> {
         differentiate(s, dp, step);
         if (partial) mask(dp, step);  // P = 0 does not suffice where V or D is not finite
         store_scores(dp, block.ds_tile(stage));
+        fence_async_shared();
+        this->meet_consumers();
     }
 
     DEVICE void compute(const Step& step) {
         const int stage = step.stage();
-        const auto q = block.q_tile(stage);
-        const auto do_ = block.do_tile(stage);
-        compute_weights(step);
-        fence_async_shared();
-        this->meet_consumers();
+        Scores s;
+        multiply_q_k(s, step.index);
+        compute_weights(s, step);
 
-        DqSums dq;
+        DqPart dq[PARTS];
         wgmma_fence();
-        add_weighted<MY_DV_PARTS>(dv, do_, block.p_tile(stage));
-        multiply_dq(dq, stage);
-        wgmma_wait<1>();
+        add_weighted<MY_DV_PARTS>(dv, block.do_tile(stage), block.p_tile(stage));
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) multiply_dq(dq[part], part, stage);
+        wgmma_wait<PARTS>();
         release(Block::DO_EMPTY + stage);
-        add_weighted<PARTS>(dk, q, block.ds_tile(stage));
+        add_weighted<PARTS>(dk, block.q_tile(stage), block.ds_tile(stage));
         wgmma_wait<1>();
-        add_dq(dq, step);
+        begin_adding(step);
+        if (adds) {
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                add_pieces(part_sums(step, part), dq[part], 0, PIECES);
+            }
+            if constexpr (Config::DETERMINISTIC) end_adding(block.dq_turns(step) + index);
+        }
         wgmma_wait<0>();
         this->inspect_queries(step);
         this->release_q(stage);
+    }
+
+    // The same, of which S is there, and S of the step that has the number `next`.
+    DEVICE void compute_ahead(Scores& s, const Step& step, uint32 next) {
+        const int stage = step.stage();
+        compute_weights(s, step);
+        add_late(LATE_WITH_DS, PIECES);
+        end_late();
+
+        DqPart dq;
+        wgmma_fence();
+        multiply_dq(dq, 0, stage);
+        multiply_dq(late_dq, 1, stage);
+        add_weighted<MY_DV_PARTS>(dv, block.do_tile(stage), block.p_tile(stage));
+        add_weighted<PARTS>(dk, block.q_tile(stage), block.ds_tile(stage));
+        wgmma_wait<3>();
+        begin_adding(step);
+        float* const sums = part_sums(step, 0);
+        if (adds) add_pieces(sums, dq, 0, FIRST_PIECES);
+        wgmma_wait<0>();
+        release(Block::DO_EMPTY + stage);
+        this->inspect_queries(step);
+        this->release_q(stage);
+        multiply_q_k(s, next);
+        if (adds) add_pieces(sums, dq, FIRST_PIECES, PIECES);
+        late_sums = adds ? part_sums(step, 1) : nullptr;
+        if constexpr (Config::DETERMINISTIC) late_turns = block.dq_turns(step) + index;
+        add_late(0, LATE_WITH_S);
+        wgmma_wait<0>();
+    }
+
+    DEVICE Progress walk_queries(const TileRange& tiles) {
+        if constexpr (!AHEAD) {
+            return block.for_each_step(before, [&](const Step& step) {
+                if (step.tile == tiles.begin) this->enter_head(step);
+                compute(step);
+            });
+        } else {
+            if (tiles.begin == tiles.end) return before;
+            // Behind the last step its own S is computed once more, which nobody takes: a product
+            // that only some steps compute would make the compiler wait for every one of them.
+            const uint32 last = before.steps + block.params.group * (tiles.end - tiles.begin) - 1;
+            Scores s;
+            multiply_q_k(s, before.steps);
+            wgmma_wait<0>();
+            const Progress done = block.for_each_step(before, [&](const Step& step) {
+                if (step.tile == tiles.begin) this->enter_head(step);
+                compute_ahead(s, step, min(step.index + 1, last));
+            });
+            add_late(LATE_WITH_S, PIECES);
+            end_late();
+            return done;
+        }
     }
 
     // This consumer's columns of dk or dv to `tile`, which no one reads any more.
@@ -305,10 +418,7 @@ struct Consumer : BackwardConsumer<Config> {
         const TileRange tiles = block.query_tiles();
         block.rounding().wait_for_place(block.load_word(Block::NUMBER));
         this->wait_for_keys();
-        const Progress done = block.for_each_step(before, [&](const Step& step) {
-            if (step.tile == tiles.begin) this->enter_head(step);
-            compute(step);
-        });
+        const Progress done = walk_queries(tiles);
         this->meet_consumers();  // nobody reads K and V any more, or adds to dq_sum
         if (leads() && adds) pass_turn(block.rounding().added(block.load_word(Block::NUMBER)));
         const float scale = gradient_scale<Config>(block.params);

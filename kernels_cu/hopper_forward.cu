@@ -25,7 +25,7 @@
 //   warp 0     producer    items ==== item_full =====> | all other roles, before their first step
 //                                <=== item_empty ===== | and after their last (hopper_items.cuh)
 //
-// (Where HEAD_DIM_V is above 192, O is rescaled a step later, while S is computed.)
+// (With RESCALE_UNDER_S O is rescaled a step later, while S is computed.)
 //
 // All of these are mbarriers, one for each stage or one for Q. Named barriers let the consumers
 // take turns (PINGPONG): only one of them issues products at a time, so that its softmax runs while
@@ -64,7 +64,10 @@ struct Config {
     static constexpr bool ALIBI = PLAN_ALIBI;
 
     // Whether O is rescaled a step late, under the next S, or at the end of the step.
-    static constexpr bool RESCALE_UNDER_S = HEAD_DIM_V > 192;
+    static constexpr bool RESCALE_UNDER_S = HEAD_DIM_V > 192 && TILE_N > 64;
+    // By how many powers of 2 P may exceed 1 before O is rescaled at all: a branch, which pays off
+    // where O is wide or items are short.
+    static constexpr int TOP_SLACK = HEAD_DIM_V > 192 || CONSUMERS == 4 ? 8 : 0;
 
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     static constexpr int INSPECTORS = BAND ? 3 : 0;  // warps
@@ -192,7 +195,7 @@ struct Consumer {
             (MODIFIES || !item.all_see(item.first_row + group * ROWS, ROWS, tile))) {
             mask(s, item, tile);
         }
-        softmax.raise_top(s, item.score.factor, rescale);
+        softmax.template raise_top<Config::TOP_SLACK>(s, item.score.factor, rescale);
 #pragma unroll
         for (int n = 0; n < KEY_BLOCKS; ++n) {
             softmax.template exponentiate<Mma<T>>(s[0][n], 0, item.score.factor);
@@ -220,6 +223,12 @@ struct Consumer {
         }
     }
 
+    // Whether O has to be rescaled, for some row of the warp.
+    DEVICE bool rescales() const {
+        return Config::TOP_SLACK == 0 ||
+               __any_sync(0xffffffff, rescale[0][0] != 1 || rescale[0][1] != 1);
+    }
+
     // The rightmost tile of keys. There is nothing to multiply with V yet.
     DEVICE void first_step(const Item<Config>& item, int32 tile) {
         Scores s;
@@ -244,11 +253,9 @@ struct Consumer {
         take_turn();
         wgmma_fence();
         multiply_q_k(s);
+        if (Config::RESCALE_UNDER_S && rescales()) scale_o(rescale);
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
-        if constexpr (Config::RESCALE_UNDER_S) {
-            scale_o(rescale);
-            wgmma_fence();
-        }
+        if constexpr (Config::RESCALE_UNDER_S) wgmma_fence();
         multiply_p_v();
         pass_turn();
         wgmma_wait<1>();
@@ -259,7 +266,7 @@ struct Consumer {
         release(shared.v_empty(v_ring.stage));
         v_ring.advance();
         keep_p(s);
-        if constexpr (!Config::RESCALE_UNDER_S) scale_o(rescale);
+        if (!Config::RESCALE_UNDER_S && rescales()) scale_o(rescale);
     }
 
     // Tiles that only other consumers' rows see. The turns and the stages need this one, too: it

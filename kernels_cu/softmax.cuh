@@ -38,7 +38,9 @@ struct OnlineSoftmax {
     // Takes the scores of a tile of keys into `top`, and sets `rescale`: what sums that were made
     // with the earlier `top` are to be multiplied by. A row without any visible key so far has
     // top = -inf. NaN never gets into top (max drops it) but into P and sum, where it stays.
-    template <int KEY_BLOCKS>
+    // With SLACK `top` stays as it is, and `rescale` 1, until an exponent is larger by more than
+    // that: P is up to 2^SLACK then, which costs no accuracy, and sums hardly ever change.
+    template <int SLACK = 0, int KEY_BLOCKS>
     DEVICE void raise_top(const Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], Real factor,
                           Real (&rescale)[ROW_BLOCKS][2]) {
 #pragma unroll
@@ -52,7 +54,8 @@ struct OnlineSoftmax {
                     largest = max(largest, max(pair[0], pair[1]));
                 }
                 const Real before = top[m][r];
-                top[m][r] = max(before, quad_max(largest) * factor);
+                const Real reached = max(before, quad_max(largest) * factor);
+                top[m][r] = SLACK == 0 || reached - before > SLACK ? reached : before;
                 rescale[m][r] = exp2_real(before - finite_top(m, r));
                 sum[m][r] *= rescale[m][r];
             }

@@ -221,9 +221,16 @@ def test_alternate_takes_turns_and_medians(
     monkeypatch.setattr(timing, "timer_for", lambda xp: timer)
     calls = {name: partial(called.append, name) for name in ("a", "b")}
     assert timing.alternate(calls, np, seconds) == {"a": 0.001, "b": 0.003}
-    orders = {"".join(called[i : i + 2]) for i in range(0, len(called), 2)}
-    assert len(called) == 2 * rounds
-    assert orders == {"ab", "ba"} if rounds > 3 else orders <= {"ab", "ba"}
+    orders = ["".join(called[i : i + 2]) for i in range(0, len(called), 2)]
+    assert orders == [orders[i % 2] for i in range(rounds)]
+    assert set(orders) == {"ab", "ba"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_each_follows_each_other_once(count: int) -> None:
+    order = timing.each_after_each("abcdef"[:count])
+    pairs = list(zip(order, order[1:] + order[:1], strict=True))
+    assert sorted(pairs) == (list(itertools.permutations("abcdef"[:count], 2)) or [("a", "a")])
 
 
 def test_cpu_timer() -> None:

@@ -185,6 +185,20 @@ def test_lengths_around_the_tiles(plans: None, forward: Run, seqlen: int) -> Non
     assert_exact(case, forward(case))
 
 
+@pytest.mark.parametrize("growth", [0.0, 3.0, 9.0])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_scores_that_grow_from_tile_to_tile(
+    four_consumers: None, forward: Run, head_dim: int, growth: float
+) -> None:
+    """O is rescaled by these kernels only once scores have grown by a factor of 2^8."""
+    case = make_case((), 1, 1, 150, 400, head_dim, head_dim, FLOAT16, seed=9)
+    q, k = case.q.copy(), case.k.copy()
+    steps = np.arange(400)[::-1] // 64  # keys are taken from the right to the left
+    q[..., 0], k[..., 0] = 8, steps * growth * np.log(2) * np.sqrt(head_dim) / 8
+    case = replace(case, q=q, k=k)
+    assert_exact(case, forward(case))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_strided_views(forward: Run, layout: Any) -> None:
     case = make_case((2,), 2, 1, 33, 40, 64, 64, FLOAT16, seed=3, causal=True)
@@ -248,6 +262,8 @@ BACKWARD_CASES: dict[str, tuple[Any, ...]] = {
     "other head dim of v": ((), 1, 1, 130, 100, 192, 128, BFLOAT16, {"causal": True}, True),
     "narrow v": ((), 1, 1, 130, 140, 128, 72, BFLOAT16, {}, True),
     "wide heads": ((), 2, 1, 70, 161, 256, 256, BFLOAT16, {"causal": True}, False),
+    "wide heads, in order": ((), 2, 1, 150, 70, 256, 256, FLOAT16, {"causal": True}, True),
+    "wide heads, softcap": ((), 1, 1, 70, 70, 256, 256, FLOAT16, {"softcap": 3.0}, False),
 }
 
 

@@ -208,6 +208,7 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     ],
     (96, 96): [ForwardTiles(128, 2)],
     (128, 128): [
+        ForwardTiles(160, 2, pingpong=False, band=False, modified=False, min_seqlen=4096),
         ForwardTiles(160, 2, band=False, modified=False, min_seqlen=2048),
         ForwardTiles(160, 2, modified=False, min_seqlen=4096),
         ForwardTiles(128, 2),
@@ -222,7 +223,7 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     ],
     (256, 256): [
         ForwardTiles(80, 2, band=False, modified=False, min_seqlen=1024),
-        ForwardTiles(80, 2, pingpong=False, modified=False, min_seqlen=2048, l2_bytes=32 << 20),
+        ForwardTiles(80, 2, modified=False, min_seqlen=2048, l2_bytes=32 << 20),
         ForwardTiles(64, 2, modified=False, l2_bytes=32 << 20),
         ForwardTiles(48, 2, l2_bytes=32 << 20),
     ],

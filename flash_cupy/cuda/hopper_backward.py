@@ -222,6 +222,7 @@ class BackwardTiles(NamedTuple):
     min_head_dim: int = 0  # of q and k
     min_seqlen: int = 0  # of keys
     max_head_dim_v: int = MAX_GPU_HEAD_DIM
+    masks: bool = False  # compiled for masks in any case, which takes fewer registers
     head_rows: int = 0  # most queries of a head, if a block computes a whole one
     early_exponentials: bool = False  # a `HopperBackwardWidePlan` has them early anyway
 
@@ -275,7 +276,7 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
         BackwardTiles(64, tile_n=96, consumers=3, weight_stages=2, max_head_dim_v=128),
         BackwardTiles(64, tile_n=96, consumers=3, weight_stages=1),
     ],
-    256: [BackwardTiles(64, tile_n=64, consumers=2, weight_stages=2)],
+    256: [BackwardTiles(64, tile_n=64, weight_stages=2, masks=True)],
 }
 
 #: Of Q and dO.
@@ -316,7 +317,7 @@ def choose_plan(
         row for row in BACKWARD_TILES[widest] if row.suits(problem, options, card.multiprocessors)
     )
     # Compiled for masks it takes fewer registers, which both modifications need.
-    options["band"] |= options["softcap"] and options["alibi"]
+    options["band"] |= row.masks or (options["softcap"] and options["alibi"])
     weight_stages = row.weight_stages
     wide = weight_stages is not None
     plan: dict[str, Any] = dict(
