@@ -44,6 +44,31 @@ def gpu_timer(call: Call) -> Callable[[], float]:
     return seconds
 
 
+#: Notes the clock of multiprocessor 0; of two blocks for each at least one runs there.
+_NOTE_CLOCK = r"""
+extern "C" __global__ void note_clock(long long* clock) {
+    unsigned multiprocessor;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+    if (multiprocessor == 0 && threadIdx.x == 0) *clock = clock64();
+}
+"""
+
+
+def clock_timer(xp: Any) -> Timer:
+    """Return a timer of calls on a GPU that counts clocks, in units of 10^9, instead of seconds."""
+    kernel = xp.RawKernel(_NOTE_CLOCK, "note_clock")
+    blocks = 2 * xp.cuda.Device().attributes["MultiProcessorCount"]
+
+    def timer(call: Call) -> Callable[[], float]:
+        start, end = xp.zeros((2, 1), xp.int64)
+        kernel((blocks,), (32,), (start,))
+        call()
+        kernel((blocks,), (32,), (end,))
+        return lambda: float(end[0] - start[0]) * 1e-9
+
+    return timer
+
+
 def timer_for(xp: Any) -> Timer:
     """Choose the timer for calls on arrays of `xp`."""
     return gpu_timer if xp.__name__ == "cupy" else cpu_timer
@@ -88,8 +113,10 @@ def each_after_each(names: Sequence[str]) -> list[str]:
     return order[1:] or order  # it ends where it began
 
 
-def alternate(calls: Mapping[str, Call], xp: Any, seconds: float) -> dict[str, float]:
-    """Time warmed-up calls in turn; return their medians in seconds.
+def alternate(
+    calls: Mapping[str, Call], xp: Any, seconds: float, timer: Timer | None = None
+) -> dict[str, float]:
+    """Time warmed-up calls in turn; return their medians in seconds, or what `timer` gives.
 
     Turns give all the same share of whatever happens to the machine meanwhile: its clock follows
     its temperature and its power. A call meets the clock that the one before it leaves behind,
@@ -97,7 +124,7 @@ def alternate(calls: Mapping[str, Call], xp: Any, seconds: float) -> dict[str, f
     is kept busy while a round of turns is launched, so that no time of the CPU counts. `seconds` is
     what each may take in all on average.
     """
-    timer = timer_for(xp)
+    timer = timer or timer_for(xp)
     fill = gpu_filler(xp) if xp.__name__ == "cupy" else None
     order = each_after_each(list(calls))
     turns = len(order) // len(calls)  # of each in a round
