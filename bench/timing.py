@@ -74,12 +74,17 @@ def timer_for(xp: Any) -> Timer:
     return gpu_timer if xp.__name__ == "cupy" else cpu_timer
 
 
-#: Bytes of each of the arrays that `gpu_filler` copies.
+#: Bytes of each of the arrays that `gpu_filler` copies, and the most seconds of copies: more would
+#: fill the queue of launches.
 FILLER_BYTES = 64 << 20
+MOST_FILLING = 0.02
+
+#: Seconds that launching a round may take, before one has been launched.
+FIRST_LAUNCHING = 0.002
 
 
 def gpu_filler(xp: Any) -> Callable[[float], None]:
-    """Return a function that gives the GPU work for at least so many seconds, and waits for none.
+    """Return a function that gives the GPU work for so many seconds or a little more.
 
     What is launched meanwhile follows without gaps, however long launching takes.
     """
@@ -92,7 +97,7 @@ def gpu_filler(xp: Any) -> Callable[[float], None]:
     once = gpu_timer(copy)()
 
     def fill(seconds: float) -> None:
-        for _ in range(int(seconds / once)):
+        for _ in range(int(min(seconds, MOST_FILLING) / once) + 1):
             copy()
 
     return fill
@@ -120,9 +125,9 @@ def alternate(
 
     Turns give all the same share of whatever happens to the machine meanwhile: its clock follows
     its temperature and its power. A call meets the clock that the one before it leaves behind,
-    behind one that draws little power a higher one: so each follows each other equally often. A GPU
-    is kept busy while a round of turns is launched, so that no time of the CPU counts. `seconds` is
-    what each may take in all on average.
+    behind one that draws little power a higher one: so in a round each follows each other once, but
+    for the first call. A GPU is kept busy while a round is launched, so that no time of the CPU
+    counts. `seconds` is what each may take in all on average.
     """
     timer = timer or timer_for(xp)
     fill = gpu_filler(xp) if xp.__name__ == "cupy" else None
@@ -140,7 +145,7 @@ def alternate(
             marks[name].append(timer(calls[name]))
         return time.perf_counter() - start
 
-    launching = launch_round(0, 0.0)
+    launching = launch_round(0, FIRST_LAUNCHING)
     once = sum(wait() for waits in marks.values() for wait in waits)
     repeats = min(int(seconds * len(order) / once), MOST_REPEATS)
     rounds = -(-max(repeats, LEAST_REPEATS[xp.__name__]) // turns)

@@ -16,12 +16,14 @@
 //   1 to 3  (BAND only)  dq_sum, in global memory <======== |   wait dQ, add it
 //                                                           |   wait dK, release Q
 //
-// To add dQ takes longer than all products of a step. Where there are registers for it (AHEAD), it
-// goes on behind everything else: a consumer has two parts of dQ, of 64 dims each, and adds
+// To add dQ takes as long as all products of a step, or longer. Where there are registers for it
+// (AHEAD), it goes on behind everything else. A consumer then has two parts of dQ, of 64 dims each:
 //
-//   the first part of dQ(i)          while dQ's second part, dV and dK are computed
-//   the rest of it, some of part 2   while S(i + 1) is computed, which the step issues at its end
-//   part 2, piece by piece           between the exponentials of the next step, and between its dS
+//   the consumers have met                        | adds the end of part 2 of dQ(i - 1)
+//   issue dQ(i), part 1 and 2; issue dV; issue dK |
+//   wait part 1                                   | adds most of it
+//   wait all, release dO and Q; issue S(i + 1)    | adds the rest of part 1, a piece of part 2
+//   wait S(i + 1); issue dP(i + 1); P, dS         | adds part 2, piece by piece, in between
 //
 // Lower case: mbarriers, one for each stage. Where P and dS have two stages, they need no barriers
 // of their own: who writes those of step i has met the others in step i - 1, after they waited for
@@ -47,7 +49,7 @@ struct Config {
     static constexpr int DV_PARTS = HEAD_DIM_V / 64;
     static constexpr bool CONSUMERS_DIFFER = DV_PARTS % CONSUMERS != 0;  // have code of their own
     // Whether a step computes S of the next one, for which others have no registers.
-    static constexpr bool AHEAD = DQ_PARTS / CONSUMERS == 2 && !SOFTCAP;
+    static constexpr bool AHEAD = DQ_PARTS / CONSUMERS == 2 && !SOFTCAP && !CONSUMERS_DIFFER;
     static constexpr bool WIDE = true;
     static constexpr int HEAD_ROWS = 0;  // a block computes one tile of keys
     static constexpr bool WHOLE_HEAD = false;
@@ -274,9 +276,9 @@ struct Consumer : BackwardConsumer<Config> {
 
     // ---- a step ---------------------------------------------------------------------------------
 
-    // S of the step that has the number `index`.
-    DEVICE void multiply_q_k(Scores& s, uint32 index) const {
-        const Step step = {0, 0, index, false};
+    // S of the step that has a number.
+    DEVICE void multiply_q_k(Scores& s, uint32 number) const {
+        const Step step = {0, 0, number, false};
         wait_for(block.barrier(Block::Q_FULL + step.stage()), step.parity());
         wgmma_fence();
         multiply_rows<Config::HEAD_DIM>(s, block.q_tile(step.stage()), block.k_tile());
@@ -287,7 +289,7 @@ struct Consumer : BackwardConsumer<Config> {
         const int stage = step.stage();
         Scores dp;
         wait_for(block.barrier(Block::DO_FULL + stage), step.parity());
-        if constexpr (AHEAD) wgmma_fence();
+        if constexpr (AHEAD) wgmma_fence();  // else S, just issued, has had it
         multiply_rows<Config::HEAD_DIM_V>(dp, block.do_tile(stage), block.v_tile());
         const bool partial = block.is_partial(step.tile);
         wgmma_wait<Config::SOFTCAP ? 0 : 1>();
@@ -351,7 +353,6 @@ struct Consumer : BackwardConsumer<Config> {
         if (adds) add_pieces(sums, dq, 0, FIRST_PIECES);
         wgmma_wait<0>();
         release(Block::DO_EMPTY + stage);
-        this->inspect_queries(step);
         this->release_q(stage);
         multiply_q_k(s, next);
         if (adds) add_pieces(sums, dq, FIRST_PIECES, PIECES);
@@ -370,7 +371,8 @@ struct Consumer : BackwardConsumer<Config> {
         } else {
             if (tiles.begin == tiles.end) return before;
             // Behind the last step its own S is computed once more, which nobody takes: a product
-            // that only some steps compute would make the compiler wait for every one of them.
+            // that only some steps compute would make the compiler wait for every one of them. Its
+            // Q is released by then, but nothing more is loaded.
             const uint32 last = before.steps + block.params.group * (tiles.end - tiles.begin) - 1;
             Scores s;
             multiply_q_k(s, before.steps);

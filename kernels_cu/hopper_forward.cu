@@ -4,7 +4,7 @@
 //   for each tile of keys, from the right end of what the rows see to the left (a step):
 //       S = Q K^T                   (TILE_M x TILE_N, in registers)
 //       S = modify(S), -inf where masked
-//       P = 2^(S - top)             online softmax: `top` is a row's maximum so far
+//       P = 2^(S - top)             online softmax: `top` is a row's maximum so far, or nearly
 //       O = rescale * O + P V       (TILE_M x HEAD_DIM_V, in registers)
 //   O = O / sum, lse = log(sum of exponentials)
 //

@@ -21,7 +21,7 @@ DEVICE Real quad_sum(Real x) {
 // All exponents are in base 2.
 template <class Real, int ROW_BLOCKS>
 struct OnlineSoftmax {
-    Real top[ROW_BLOCKS][2];  // the largest exponent so far
+    Real top[ROW_BLOCKS][2];  // the largest exponent so far, or a little less: see raise_top
     Real sum[ROW_BLOCKS][2];  // of 2^(exponent - top), over this lane's columns only
 
     DEVICE OnlineSoftmax() {
@@ -39,7 +39,8 @@ struct OnlineSoftmax {
     // with the earlier `top` are to be multiplied by. A row without any visible key so far has
     // top = -inf. NaN never gets into top (max drops it) but into P and sum, where it stays.
     // With SLACK `top` stays as it is, and `rescale` 1, until an exponent is larger by more than
-    // that: P is up to 2^SLACK then, which costs no accuracy, and sums hardly ever change.
+    // that: P is up to 2^SLACK then, which costs no accuracy, and sums hardly ever change. (Not for
+    // types whose at_most_1 takes P to be at most 1.)
     template <int SLACK = 0, int KEY_BLOCKS>
     DEVICE void raise_top(const Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], Real factor,
                           Real (&rescale)[ROW_BLOCKS][2]) {

@@ -31,7 +31,16 @@ MASKS: dict[str, dict[str, Any]] = {
     "softcap and alibi": {"softcap": 20.0, "alibi": True},
     "all": {"window": (40, 5), "softcap": 20.0, "alibi": True},
 }
-HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (64, 256)]
+HEAD_DIMS = [
+    (64, 64),
+    (96, 96),
+    (128, 128),
+    (192, 128),
+    (192, 192),
+    (256, 256),
+    (64, 256),
+    (256, 192),
+]
 
 
 class FakeMachine:
@@ -135,6 +144,7 @@ SOME_BACKWARD = [
     (104, 96, "softcap"),
     (192, 128, "full"),
     (256, 256, "causal"),
+    (256, 192, "full"),
 ]
 
 

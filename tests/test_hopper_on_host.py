@@ -199,6 +199,14 @@ def test_scores_that_grow_from_tile_to_tile(
     assert_exact(case, forward(case))
 
 
+@pytest.mark.parametrize("growth", [3.0, 9.0])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_growing_scores_with_the_plans_of_long_sequences(
+    long_plans: None, forward: Run, head_dim: int, growth: float
+) -> None:
+    test_scores_that_grow_from_tile_to_tile(None, forward, head_dim, growth)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_strided_views(forward: Run, layout: Any) -> None:
     case = make_case((2,), 2, 1, 33, 40, 64, 64, FLOAT16, seed=3, causal=True)
@@ -264,6 +272,8 @@ BACKWARD_CASES: dict[str, tuple[Any, ...]] = {
     "wide heads": ((), 2, 1, 70, 161, 256, 256, BFLOAT16, {"causal": True}, False),
     "wide heads, in order": ((), 2, 1, 150, 70, 256, 256, FLOAT16, {"causal": True}, True),
     "wide heads, softcap": ((), 1, 1, 70, 70, 256, 256, FLOAT16, {"softcap": 3.0}, False),
+    "wide heads, groups, alibi": ((), 4, 2, 70, 130, 256, 256, BFLOAT16, {"alibi": True}, True),
+    "wide heads, narrower v": ((), 1, 1, 70, 70, 256, 192, BFLOAT16, {}, False),
 }
 
 

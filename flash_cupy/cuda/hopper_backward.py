@@ -222,7 +222,7 @@ class BackwardTiles(NamedTuple):
     min_head_dim: int = 0  # of q and k
     min_seqlen: int = 0  # of keys
     max_head_dim_v: int = MAX_GPU_HEAD_DIM
-    masks: bool = False  # compiled for masks in any case, which takes fewer registers
+    masks: bool = False  # compiled for masks in any case
     head_rows: int = 0  # most queries of a head, if a block computes a whole one
     early_exponentials: bool = False  # a `HopperBackwardWidePlan` has them early anyway
 
@@ -316,7 +316,7 @@ def choose_plan(
     row = next(
         row for row in BACKWARD_TILES[widest] if row.suits(problem, options, card.multiprocessors)
     )
-    # Compiled for masks it takes fewer registers, which both modifications need.
+    # Compiled for masks it takes fewer registers, which some rows and both modifications need.
     options["band"] |= row.masks or (options["softcap"] and options["alibi"])
     weight_stages = row.weight_stages
     wide = weight_stages is not None
