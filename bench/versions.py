@@ -4,6 +4,9 @@
 checkout and two others, folders that hold flash_cupy and kernels_cu (``git worktree add`` makes
 one), in cells as of attention.py. The results of each are held to this one's.
 
+With ``--cubins FOLDER`` kernels are compiled before all cells, for compute capability 9.0, and kept
+there; without a GPU that is all that is done (see cubins.py).
+
 Clocks are those of one multiprocessor during a call. A GPU at its power limit changes its clock all
 the time: times of equal calls then differ by percents, clocks by a thousandth.
 """
@@ -18,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cubins
 import numpy as np
 from cells import DTYPES, MASKS, Cell, Grid
 from machine import array_module
@@ -107,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, help="default: what makes 16k tokens")
     add("--heads", type=int, help="default: what makes 2048 features")
     add("--seconds", type=float, default=0.3, help="to time one version in one cell (0.3)")
+    add("--cubins", type=Path, metavar="FOLDER", help="to keep kernels compiled for Hopper")
     args = options.parse_args(argv)
     try:
         xp = array_module(args.device)
@@ -122,11 +127,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuple(args.head_dims),
         tuple(args.seqlens),
         tuple(args.masks),
-        (args.dtype or ("float32" if xp is np else "bfloat16"),),
+        (args.dtype or ("float32" if xp is np and args.cubins is None else "bfloat16"),),
         tuple(args.directions),
         batch=args.batch,
         heads=args.heads,
     )
+    if args.cubins is not None:
+        args.cubins.mkdir(parents=True, exist_ok=True)
+        for name, version in versions.items():
+            for line in cubins.compile_missing(args.cubins, version, grid.cells()):
+                print(f"{name}: {line}", flush=True)
+            if xp is not np:
+                cubins.load_from(args.cubins, version)
+        if xp is np:
+            return 0
     print("By how much others are faster than this version: time" + ", clocks" * (xp is not np))
     for cell in grid.cells():
         print(compare(cell, versions, xp, args.seconds), flush=True)
