@@ -54,6 +54,9 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;            // of K and of V
     static constexpr bool PINGPONG = PLAN_PINGPONG;       // consumers take turns
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
+    // Whether O is rescaled a step late, under the next S, or at the end of the step.
+    static constexpr bool RESCALE_UNDER_S = PLAN_RESCALE_UNDER_S;
+    static constexpr int TOP_SLACK = PLAN_TOP_SLACK;  // powers of 2 that P may reach before that
     static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
     static constexpr int CONSUMER_REGISTERS = PLAN_CONSUMER_REGISTERS;
     static constexpr int L2_BYTES = PLAN_L2_BYTES;  // of K and V that blocks read at a time
@@ -62,12 +65,6 @@ struct Config {
     static constexpr bool BAND = PLAN_BAND;
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
     static constexpr bool ALIBI = PLAN_ALIBI;
-
-    // Whether O is rescaled a step late, under the next S, or at the end of the step.
-    static constexpr bool RESCALE_UNDER_S = HEAD_DIM_V > 192 && TILE_N > 64;
-    // By how many powers of 2 P may exceed 1 before O is rescaled at all: a branch, which pays off
-    // where O is wide or items are short.
-    static constexpr int TOP_SLACK = HEAD_DIM_V > 192 || CONSUMERS == 4 ? 8 : 0;
 
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     static constexpr int INSPECTORS = BAND ? 3 : 0;  // warps
