@@ -55,7 +55,7 @@ extern "C" __global__ void note_clock(long long* clock) {
 
 
 def clock_timer(xp: Any) -> Timer:
-    """Return a timer of calls on a GPU that counts clocks, in units of 10^9, instead of seconds."""
+    """Return a timer of calls on a GPU that counts clocks: in units of 10^9, so about a second."""
     kernel = xp.RawKernel(_NOTE_CLOCK, "note_clock")
     blocks = 2 * xp.cuda.Device().attributes["MultiProcessorCount"]
 

@@ -92,7 +92,7 @@ def compare(cell: Cell, versions: dict[str, Any], xp: Any, seconds: float) -> st
     clocks = {} if xp is np else alternate(calls, xp, seconds, clock_timer(xp))
     line = [f"{cell}: {cell.flops / times[first] * 1e-12:.3g} TFLOP/s"]
     for name in others:
-        gains = [f"{x[first] / x[name] - 1:+.1%}" for x in (times, clocks) if x]
+        gains = [f"{taken[first] / taken[name] - 1:+.1%}" for taken in (times, clocks) if taken]
         line.append(" ".join([name, *gains, *["WRONG"] * (name in wrong)]))
     return "  ".join(line)
 

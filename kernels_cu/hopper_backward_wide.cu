@@ -230,9 +230,8 @@ struct Consumer : BackwardConsumer<Config> {
 
     // ---- dQ to dq_sum ---------------------------------------------------------------------------
     //
-    // L2 adds 17 bytes a clock for each multiprocessor, which for all of a step's dQ takes longer
-    // than its products; an addition that finds the way occupied waits, and its warp with it. So
-    // (AHEAD) they stand between everything else that a step does.
+    // An addition that finds the way to L2 occupied waits, and its warp with it: so (AHEAD) they
+    // stand between everything else that a step does.
 
     DEVICE float* part_sums(const Step& step, int part) const {
         return block.dq_sums(step) + (index + Config::CONSUMERS * part) * Dq::PART +

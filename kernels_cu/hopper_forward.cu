@@ -56,7 +56,7 @@ struct Config {
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
     // Whether O is rescaled a step late, under the next S, or at the end of the step.
     static constexpr bool RESCALE_UNDER_S = PLAN_RESCALE_UNDER_S;
-    static constexpr int TOP_SLACK = PLAN_TOP_SLACK;  // powers of 2 that P may reach before that
+    static constexpr int TOP_SLACK = PLAN_TOP_SLACK;  // O stays while P is at most 2 to this
     static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
     static constexpr int CONSUMER_REGISTERS = PLAN_CONSUMER_REGISTERS;
     static constexpr int L2_BYTES = PLAN_L2_BYTES;  // of K and V that blocks read at a time

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cubins import BAD_WARNINGS
 from strategies import BFLOAT16, FLOAT16, FLOAT32
 
 from flash_cupy.arrays import address
@@ -93,9 +94,6 @@ def plan_of(call: Call) -> hopper.HopperForwardPlan:
 
 # ---------------------------------------------------------------------------------------------
 # Compilation
-
-#: wgmma that the compiler makes wait for each other, and register counts that it ignores.
-BAD_WARNINGS = re.compile(r"C75(08|10|12|14)")
 
 
 def check_compiles(plan: KernelPlan, kernel: str = "hopper_forward") -> None:

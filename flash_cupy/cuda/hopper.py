@@ -185,7 +185,7 @@ class ForwardTiles(NamedTuple):
     consumers: int
     stages: int = 2
     pingpong: bool = True
-    rescale_under_s: bool = False  # these two pay off where O is wide, or items are short
+    rescale_under_s: bool = False
     top_slack: int = 0
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
