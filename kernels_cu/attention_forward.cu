@@ -135,6 +135,7 @@ struct Forward {
             for (int i = 0; i < ROW_BLOCKS * STEPS; ++i) {
                 const int m = i / STEPS, step = i % STEPS;
                 softmax.template exponentiate<M>(s[m][n + step], m, score.factor);
+                softmax.add(s[m][n + step], m);
                 p[m][step] = M::to_a(s[m][n + step], p_scale.factor);
             }
 #pragma unroll

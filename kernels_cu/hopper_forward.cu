@@ -4,7 +4,7 @@
 //   for each tile of keys, from the right end of what the rows see to the left (a step):
 //       S = Q K^T                   (TILE_M x TILE_N, in registers)
 //       S = modify(S), -inf where masked
-//       P = 2^(S - top)             online softmax: `top` is a row's maximum so far, or nearly
+//       P = 2^(S - top)             online softmax: `top` is a row's maximum so far, or some less
 //       O = rescale * O + P V       (TILE_M x HEAD_DIM_V, in registers)
 //   O = O / sum, lse = log(sum of exponentials)
 //
@@ -17,7 +17,7 @@
 //              (TMA)         <======== q_empty ======= |   wait K(j); issue S(j)
 //                          K, V ==== k_full, v_full => |   wait V(j+1); issue O += P(j+1) V(j+1)
 //                          STAGES of each              |   wait S(j), release K(j)
-//                            <=== k_empty, v_empty === |   mask, top, P(j)
+//                            <=== k_empty, v_empty === |   mask, P(j), top
 //   warps 1-3  inspectors    <======== v_empty ======= |   wait O, release V(j+1)
 //              (BAND only)                             |   P(j) to 16 bits; O *= rescale
 //                          the item == inspected ====> | after the last step
@@ -25,7 +25,9 @@
 //   warp 0     producer    items ==== item_full =====> | all other roles, before their first step
 //                                <=== item_empty ===== | and after their last (hopper_items.cuh)
 //
-// (With RESCALE_UNDER_S O is rescaled a step later, while S is computed.)
+// From S to P a consumer hurries, as the tensor cores wait for it: P is computed as if no score were
+// larger than those before, part of it while the largest score is found. Only when one is larger by
+// 2^SLACK is `top` raised, and what depends on it computed again or rescaled.
 //
 // All of these are mbarriers, one for each stage or one for Q. Named barriers let the consumers
 // take turns (PINGPONG): only one of them issues products at a time, so that its softmax runs while
@@ -54,9 +56,7 @@ struct Config {
     static constexpr int STAGES = PLAN_STAGES;            // of K and of V
     static constexpr bool PINGPONG = PLAN_PINGPONG;       // consumers take turns
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
-    // Whether O is rescaled a step late, under the next S, or at the end of the step.
-    static constexpr bool RESCALE_UNDER_S = PLAN_RESCALE_UNDER_S;
-    static constexpr int TOP_SLACK = PLAN_TOP_SLACK;  // O stays while P is at most 2 to this
+    static constexpr int AHEAD = PLAN_AHEAD;  // blocks of 16 keys: P before the largest score
     static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
     static constexpr int CONSUMER_REGISTERS = PLAN_CONSUMER_REGISTERS;
     static constexpr int L2_BYTES = PLAN_L2_BYTES;  // of K and V that blocks read at a time
@@ -85,6 +85,9 @@ struct Consumer {
     static constexpr int DIM_BLOCKS_V = Config::HEAD_DIM_V / 16;
     static constexpr int ROWS = 64;
     using Scores = Accumulator<float>[1][KEY_BLOCKS];
+    // P of the first blocks of keys, whose scores stay as they are.
+    using Ahead = Accumulator<float>[Config::AHEAD > 0 ? Config::AHEAD : 1];
+    static constexpr int SLACK = 8;  // powers of 2 by which P may be larger than 1
 
     // Named barriers.
     static constexpr int TURN = 1;                          // and following, one for each consumer
@@ -103,7 +106,8 @@ struct Consumer {
     // Of an item.
     Accumulator<float> o[1][DIM_BLOCKS_V];
     uint32 p[KEY_BLOCKS][4];  // of the latest step
-    float rescale[1][2];      // what O, without this P, is to be multiplied by
+    bool raised;              // whether `top` has been, for some row of the warp: then
+    float rescale[1][2];      // O, without this P, is to be multiplied by this
     OnlineSoftmax<float, 1> softmax;
 
     DEVICE Consumer(const AttentionParams& params, const ForwardMaps& maps)
@@ -183,26 +187,46 @@ struct Consumer {
         }
     }
 
-    // S to P, still as floats, and `rescale`.
+    // S to P, still as floats; sets `raised` and `rescale`.
     template <bool PARTIAL>
-    DEVICE void exponentiate(Scores& s, const Item<Config>& item, int32 tile) {
+    DEVICE void exponentiate(Scores& s, Ahead& ahead, const Item<Config>& item, int32 tile) {
         constexpr bool MODIFIES = Score<Config, float>::MODIFIES;  // leaves no register to ask all_see
         if constexpr (MODIFIES) modify(s, item, tile);
         if (PARTIAL &&
             (MODIFIES || !item.all_see(item.first_row + group * ROWS, ROWS, tile))) {
             mask(s, item, tile);
         }
-        softmax.template raise_top<Config::TOP_SLACK>(s, item.score.factor, rescale);
+        const float factor = item.score.factor;
+        look_ahead(s, ahead, factor);
+        raised = softmax.outgrown(s, factor, SLACK);
+        // (Nothing that a product reads or adds to may change in this branch: ptxas would have all
+        // warps of the group meet in it.)
+        if (raised) {
+            softmax.raise_top(s, factor, rescale);
+            look_ahead(s, ahead, factor);
+        }
 #pragma unroll
         for (int n = 0; n < KEY_BLOCKS; ++n) {
-            softmax.template exponentiate<Mma<T>>(s[0][n], 0, item.score.factor);
+            if (n < Config::AHEAD) {
+                softmax.add(ahead[n], 0);
+            } else {
+                softmax.template exponentiate<Mma<T>>(s[0][n], 0, factor);
+                softmax.add(s[0][n], 0);
+            }
+        }
+    }
+    DEVICE void look_ahead(const Scores& s, Ahead& ahead, float factor) const {
+#pragma unroll
+        for (int n = 0; n < Config::AHEAD; ++n) {
+            ahead[n] = s[0][n];
+            softmax.template exponentiate<Mma<T>>(ahead[n], 0, factor);
         }
     }
 
     // The rounded P as operands of the next product.
-    DEVICE void keep_p(const Scores& s) {
+    DEVICE void keep_p(const Scores& s, const Ahead& ahead) {
 #pragma unroll
-        for (int n = 0; n < KEY_BLOCKS; ++n) pack(p[n], s[0][n]);
+        for (int n = 0; n < KEY_BLOCKS; ++n) pack(p[n], n < Config::AHEAD ? ahead[n] : s[0][n]);
     }
 
     static DEVICE void pack(uint32 (&operand)[4], const Accumulator<float>& block) {
@@ -220,15 +244,10 @@ struct Consumer {
         }
     }
 
-    // Whether O has to be rescaled, for some row of the warp.
-    DEVICE bool rescales() const {
-        return Config::TOP_SLACK == 0 ||
-               __any_sync(0xffffffff, rescale[0][0] != 1 || rescale[0][1] != 1);
-    }
-
     // The rightmost tile of keys. There is nothing to multiply with V yet.
     DEVICE void first_step(const Item<Config>& item, int32 tile) {
         Scores s;
+        Ahead ahead;
         wait_for(shared.k_full(k_ring.stage), k_ring.parity);
         take_turn();
         wgmma_fence();
@@ -237,8 +256,8 @@ struct Consumer {
         wgmma_wait<0>();
         release(shared.k_empty(k_ring.stage));
         k_ring.advance();
-        exponentiate<true>(s, item, tile);
-        keep_p(s);
+        exponentiate<true>(s, ahead, item, tile);
+        keep_p(s, ahead);
     }
 
     // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in it
@@ -246,24 +265,23 @@ struct Consumer {
     template <bool PARTIAL>
     DEVICE void step(const Item<Config>& item, int32 tile) {
         Scores s;
+        Ahead ahead;
         wait_for(shared.k_full(k_ring.stage), k_ring.parity);
         take_turn();
         wgmma_fence();
         multiply_q_k(s);
-        if (Config::RESCALE_UNDER_S && rescales()) scale_o(rescale);
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
-        if constexpr (Config::RESCALE_UNDER_S) wgmma_fence();
         multiply_p_v();
         pass_turn();
         wgmma_wait<1>();
         release(shared.k_empty(k_ring.stage));
         k_ring.advance();
-        exponentiate<PARTIAL>(s, item, tile);
+        exponentiate<PARTIAL>(s, ahead, item, tile);
         wgmma_wait<0>();
         release(shared.v_empty(v_ring.stage));
         v_ring.advance();
-        keep_p(s);
-        if (!Config::RESCALE_UNDER_S && rescales()) scale_o(rescale);
+        keep_p(s, ahead);
+        if (raised) scale_o(rescale);
     }
 
     // Tiles that only other consumers' rows see. The turns and the stages need this one, too: it
@@ -309,7 +327,6 @@ struct Consumer {
         }
         if constexpr (!Config::O_OVER_Q) release(shared.q_empty());
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
-        if constexpr (Config::RESCALE_UNDER_S) scale_o(rescale);
         wgmma_fence();
         multiply_p_v();
     }

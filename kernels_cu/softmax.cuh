@@ -21,7 +21,7 @@ DEVICE Real quad_sum(Real x) {
 // All exponents are in base 2.
 template <class Real, int ROW_BLOCKS>
 struct OnlineSoftmax {
-    Real top[ROW_BLOCKS][2];  // the largest exponent so far, or a little less: see raise_top
+    Real top[ROW_BLOCKS][2];  // the largest exponent so far, or less: see outgrown
     Real sum[ROW_BLOCKS][2];  // of 2^(exponent - top), over this lane's columns only
 
     DEVICE OnlineSoftmax() {
@@ -38,45 +38,54 @@ struct OnlineSoftmax {
     // Takes the scores of a tile of keys into `top`, and sets `rescale`: what sums that were made
     // with the earlier `top` are to be multiplied by. A row without any visible key so far has
     // top = -inf. NaN never gets into top (max drops it) but into P and sum, where it stays.
-    // With SLACK `top` stays as it is, and `rescale` 1, until an exponent is larger by more than
-    // that: P is up to 2^SLACK then, which costs no accuracy, and sums hardly ever change. (Not for
-    // types whose at_most_1 takes P to be at most 1.)
-    template <int SLACK = 0, int KEY_BLOCKS>
+    template <int KEY_BLOCKS>
     DEVICE void raise_top(const Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], Real factor,
                           Real (&rescale)[ROW_BLOCKS][2]) {
 #pragma unroll
         for (int m = 0; m < ROW_BLOCKS; ++m) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                Real largest = -infinity<Real>();
-#pragma unroll
-                for (int i = 0; i < 2 * KEY_BLOCKS; ++i) {
-                    const Real* const pair = &s[m][i / 2].value[i % 2][2 * r];
-                    largest = max(largest, max(pair[0], pair[1]));
-                }
                 const Real before = top[m][r];
-                const Real reached = max(before, quad_max(largest) * factor);
-                top[m][r] = SLACK == 0 || reached - before > SLACK ? reached : before;
+                top[m][r] = max(before, quad_max(largest(s[m], r)) * factor);
                 rescale[m][r] = exp2_real(before - finite_top(m, r));
                 sum[m][r] *= rescale[m][r];
             }
         }
     }
 
-    // Turns 16 x 16 scores of row block m, taken into `top` before, into P = 2^(factor s - top),
-    // and adds them to `sum`. P is 0 in a row that sees nothing.
+    // Whether an exponent of some row of the warp is larger than its `top` by more than `slack`.
+    // Where none is, `top` may stay: P is up to 2^slack then, which costs no accuracy. (Not for
+    // types whose at_most_1 takes P to be at most 1.)
+    template <int KEY_BLOCKS>
+    DEVICE bool outgrown(const Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], Real factor,
+                         Real slack) const {
+        bool found = false;
+#pragma unroll
+        for (int m = 0; m < ROW_BLOCKS; ++m) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                found |= largest(s[m], r) * factor - top[m][r] > slack;
+            }
+        }
+        return __any_sync(0xffffffff, found);
+    }
+
+    // Turns 16 x 16 scores of row block m into P = 2^(factor s - top), 0 in a row that sees nothing.
     template <class M>
-    DEVICE void exponentiate(Accumulator<Real>& s, int m, Real factor) {
+    DEVICE void exponentiate(Accumulator<Real>& s, int m, Real factor) const {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             Real& x = s.value[i / 4][i % 4];
-            x = M::at_most_1(exp2_real(x * factor - finite_top(m, i % 4 / 2)));
+            x = M::at_most_1(exp2_real(fma(x, factor, -finite_top(m, i % 4 / 2))));
         }
-        // Not one after another: the sum of a row is on the way of every step.
+    }
+
+    // Adds P to `sum`. Not one after another: the sum of a row is on the way of every step.
+    DEVICE void add(const Accumulator<Real>& p, int m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            sum[m][r] += (s.value[0][2 * r] + s.value[0][2 * r + 1]) +
-                         (s.value[1][2 * r] + s.value[1][2 * r + 1]);
+            sum[m][r] += (p.value[0][2 * r] + p.value[0][2 * r + 1]) +
+                         (p.value[1][2 * r] + p.value[1][2 * r + 1]);
         }
     }
 
@@ -96,6 +105,17 @@ struct OnlineSoftmax {
     }
 
 private:
+    // Of row r, in this lane's columns.
+    template <int KEY_BLOCKS>
+    static DEVICE Real largest(const Accumulator<Real> (&s)[KEY_BLOCKS], int r) {
+        Real largest = -infinity<Real>();
+#pragma unroll
+        for (int i = 0; i < 2 * KEY_BLOCKS; ++i) {
+            const Real* const pair = &s[i / 2].value[i % 2][2 * r];
+            largest = max(largest, max(pair[0], pair[1]));
+        }
+        return largest;
+    }
     DEVICE Real finite_top(int m, int r) const {
         return top[m][r] == -infinity<Real>() ? 0 : top[m][r];
     }

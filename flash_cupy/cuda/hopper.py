@@ -122,10 +122,8 @@ class HopperForwardPlan(HopperPlan):
         Whether consumers take turns at issuing products.
     o_over_q
         Whether o leaves by way of q's place in shared memory, or by a place of its own.
-    rescale_under_s
-        Whether O is rescaled a step late, while the next S is computed.
-    top_slack
-        By how many powers of 2 scores have to grow before O is rescaled at all.
+    ahead
+        Blocks of 16 keys whose exponentials are computed while the largest score is found.
     producer_registers, consumer_registers
         Of a thread of the first warpgroup, and of the others.
     l2_bytes
@@ -138,8 +136,7 @@ class HopperForwardPlan(HopperPlan):
 
     pingpong: bool
     o_over_q: bool
-    rescale_under_s: bool
-    top_slack: int
+    ahead: int
     producer_registers: int
     consumer_registers: int
     l2_bytes: int
@@ -185,8 +182,7 @@ class ForwardTiles(NamedTuple):
     consumers: int
     stages: int = 2
     pingpong: bool = True
-    rescale_under_s: bool = False
-    top_slack: int = 0
+    ahead: int = 1
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
     min_seqlen: int = 0  # of keys
@@ -209,9 +205,7 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (64, 64): [
         ForwardTiles(128, 3, stages=4, modified=False, min_seqlen=1280, l2_bytes=16 << 20),
         ForwardTiles(128, 3, stages=3, modified=False, band=False, most_waste=0.1),
-        ForwardTiles(
-            64, 4, stages=6, top_slack=8, modified=False, most_waste=0.25, l2_bytes=16 << 20
-        ),
+        ForwardTiles(64, 4, stages=6, ahead=0, modified=False, most_waste=0.25, l2_bytes=16 << 20),
         ForwardTiles(128, 3, stages=3, modified=False, band=False),
         ForwardTiles(128, 2, modified=False),
         ForwardTiles(96, 3, l2_bytes=16 << 20),
@@ -221,7 +215,6 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
         ForwardTiles(160, 2, pingpong=False, band=False, modified=False, min_seqlen=4096),
         ForwardTiles(160, 2, band=False, modified=False, min_seqlen=2048),
         ForwardTiles(160, 2, modified=False, min_seqlen=4096),
-        ForwardTiles(128, 2, top_slack=8, modified=False, min_seqlen=2048),
         ForwardTiles(128, 2),
     ],
     (192, 128): [
@@ -233,20 +226,10 @@ FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
         ForwardTiles(96, 2, l2_bytes=16 << 20),
     ],
     (256, 256): [
-        ForwardTiles(
-            80, 2, rescale_under_s=True, top_slack=8, band=False, modified=False, min_seqlen=1024
-        ),
-        ForwardTiles(
-            80,
-            2,
-            rescale_under_s=True,
-            top_slack=8,
-            modified=False,
-            min_seqlen=2048,
-            l2_bytes=32 << 20,
-        ),
-        ForwardTiles(64, 2, top_slack=8, modified=False, l2_bytes=32 << 20),
-        ForwardTiles(48, 2, top_slack=8, l2_bytes=32 << 20),
+        ForwardTiles(80, 2, ahead=0, band=False, modified=False, min_seqlen=1024),
+        ForwardTiles(80, 2, ahead=0, modified=False, min_seqlen=2048, l2_bytes=32 << 20),
+        ForwardTiles(64, 2, ahead=0, modified=False, l2_bytes=32 << 20),
+        ForwardTiles(48, 2, ahead=0, l2_bytes=32 << 20),
     ],
 }
 
@@ -288,8 +271,7 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             **options,
             pingpong=row.pingpong,
             o_over_q=o_over_q,
-            rescale_under_s=row.rescale_under_s,
-            top_slack=row.top_slack,
+            ahead=row.ahead,
             producer_registers=producer_registers,
             consumer_registers=consumer_registers,
             l2_bytes=row.l2_bytes if dynamic else STATIC_L2_BYTES,
