@@ -25,13 +25,16 @@
 //   warp 0     producer    items ==== item_full =====> | all other roles, before their first step
 //                                <=== item_empty ===== | and after their last (hopper_items.cuh)
 //
-// From S to P a consumer hurries, as the tensor cores wait for it: P is computed as if no score were
-// larger than those before, part of it while the largest score is found. Only when one is larger by
-// 2^SLACK is `top` raised, and what depends on it computed again or rescaled.
+// What a consumer does between S and its next product is what the tensor cores wait for. So it
+// does not wait for the largest score: P of the first blocks of keys (AHEAD) is computed as if there
+// were none larger than before, while the largest is found, and `top` raised only if that is larger
+// by 2^SLACK. OPTIMISTIC steps, of full tiles, do not even look for it: where sums of P turn out to
+// be large, S is computed once more, by mma.sync, with `top` raised. That is rare, as scores of
+// tiles are alike; with ALiBi they are not.
 //
 // All of these are mbarriers, one for each stage or one for Q. Named barriers let the consumers
-// take turns (PINGPONG): only one of them issues products at a time, so that its softmax runs while
-// the others multiply. The producer fetches the next item's Q, K and V as soon as their places are
+// take turns: only one of them issues products at a time, so that its softmax runs while the others
+// multiply. The producer fetches the next item's Q, K and V as soon as their places are
 // free: K and V during the present item, Q after its last S, or, where O goes out by way of Q's
 // place (O_OVER_Q), after that.
 //
@@ -54,9 +57,9 @@ struct Config {
     static constexpr int HEAD_DIM = PLAN_HEAD_DIM;        // of q and k, filled up with zeros
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;    // of v and o
     static constexpr int STAGES = PLAN_STAGES;            // of K and of V
-    static constexpr bool PINGPONG = PLAN_PINGPONG;       // consumers take turns
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
-    static constexpr int AHEAD = PLAN_AHEAD;  // blocks of 16 keys: P before the largest score
+    static constexpr int AHEAD = PLAN_AHEAD;               // blocks of 16 keys
+    static constexpr bool OPTIMISTIC = PLAN_OPTIMISTIC;
     static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
     static constexpr int CONSUMER_REGISTERS = PLAN_CONSUMER_REGISTERS;
     static constexpr int L2_BYTES = PLAN_L2_BYTES;  // of K and V that blocks read at a time
@@ -121,14 +124,22 @@ struct Consumer {
         if (leader) arrive_at(barrier);
     }
 
+    // Every warp for itself, where it may have read by itself (multiply_q_k_again).
+    DEVICE void release_by_warp(uint32 barrier) const {
+        __syncwarp();
+        if (lane_index() == 0) arrive_at(barrier);
+    }
+    DEVICE void release_k() {
+        release_by_warp(shared.k_empty(k_ring.stage));
+        k_ring.advance();
+    }
+
     // The consumers' turns at issuing products.
     DEVICE void take_turn() const {
-        if constexpr (Config::PINGPONG) sync_named(TURN + group, 2 * WARPGROUP);
+        sync_named(TURN + group, 2 * WARPGROUP);
     }
     DEVICE void pass_turn() const {
-        if constexpr (Config::PINGPONG) {
-            arrive_named(TURN + (group + 1) % Config::CONSUMERS, 2 * WARPGROUP);
-        }
+        arrive_named(TURN + (group + 1) % Config::CONSUMERS, 2 * WARPGROUP);
     }
 
     // S = Q K^T
@@ -223,10 +234,56 @@ struct Consumer {
         }
     }
 
-    // The rounded P as operands of the next product.
+    // The same of a full tile, by the sums of P instead of the largest score.
+    DEVICE void exponentiate_optimistically(Scores& s, float factor) {
+#pragma unroll
+        for (int n = 0; n < KEY_BLOCKS; ++n) {
+            softmax.template exponentiate_seen<Mma<T>>(s[0][n], 0, factor);
+        }
+        float added[1][2] = {};
+        sum_up(s, added);
+        raised = softmax.outgrown(added, 1 << SLACK);
+        if (raised) {
+            multiply_q_k_again(s);
+            softmax.raise_top(s, factor, rescale);
+#pragma unroll
+            for (int n = 0; n < KEY_BLOCKS; ++n) {
+                softmax.template exponentiate<Mma<T>>(s[0][n], 0, factor);
+            }
+            added[0][0] = added[0][1] = 0;
+            sum_up(s, added);
+        }
+        softmax.sum[0][0] += added[0][0];
+        softmax.sum[0][1] += added[0][1];
+    }
+    static DEVICE void sum_up(const Scores& p, float (&sums)[1][2]) {
+#pragma unroll
+        for (int n = 0; n < KEY_BLOCKS; ++n) OnlineSoftmax<float, 1>::add(p[0][n], 0, sums);
+    }
+    // S anew, by each warp for itself, while products of the group run.
+    DEVICE void multiply_q_k_again(Scores& s) const {
+        const auto q = shared.q();
+        const auto k = shared.k(k_ring.stage);
+        // Not the member, from which ptxas would prepare addresses in every step.
+        const int32 row = (recompute_from(threadIdx.x) - WARPGROUP) / WARP * 16;
+#pragma unroll
+        for (int n = 0; n < KEY_BLOCKS; ++n) s[0][n] = {};
+#pragma unroll 1
+        for (int d = 0; d < Config::HEAD_DIM; d += 16) {
+            const typename Mma<T>::A a[1] = {Mma<T>::load_a(q, row, d)};
+#pragma unroll
+            for (int n = 0; n < KEY_BLOCKS; ++n) {
+                const typename Mma<T>::B b[1] = {Mma<T>::load_b_transposed(k, d, 16 * n)};
+                Mma<T>::multiply(s[0][n], a, b, One{});
+            }
+        }
+    }
+
+    // The rounded P as operands of the next product; of the first COUNT blocks it is in `ahead`.
+    template <int COUNT>
     DEVICE void keep_p(const Scores& s, const Ahead& ahead) {
 #pragma unroll
-        for (int n = 0; n < KEY_BLOCKS; ++n) pack(p[n], n < Config::AHEAD ? ahead[n] : s[0][n]);
+        for (int n = 0; n < KEY_BLOCKS; ++n) pack(p[n], n < COUNT ? ahead[n] : s[0][n]);
     }
 
     static DEVICE void pack(uint32 (&operand)[4], const Accumulator<float>& block) {
@@ -254,10 +311,9 @@ struct Consumer {
         multiply_q_k(s);
         pass_turn();
         wgmma_wait<0>();
-        release(shared.k_empty(k_ring.stage));
-        k_ring.advance();
+        release_k();
         exponentiate<true>(s, ahead, item, tile);
-        keep_p(s, ahead);
+        keep_p<Config::AHEAD>(s, ahead);
     }
 
     // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in it
@@ -274,13 +330,19 @@ struct Consumer {
         multiply_p_v();
         pass_turn();
         wgmma_wait<1>();
-        release(shared.k_empty(k_ring.stage));
-        k_ring.advance();
-        exponentiate<PARTIAL>(s, ahead, item, tile);
+        constexpr bool OPTIMISTIC =
+            Config::OPTIMISTIC && !PARTIAL && !Score<Config, float>::MODIFIES;
+        if constexpr (OPTIMISTIC) {
+            exponentiate_optimistically(s, item.score.factor);
+            release_k();
+        } else {
+            release_k();
+            exponentiate<PARTIAL>(s, ahead, item, tile);
+        }
         wgmma_wait<0>();
         release(shared.v_empty(v_ring.stage));
         v_ring.advance();
-        keep_p(s, ahead);
+        keep_p<OPTIMISTIC ? 0 : Config::AHEAD>(s, ahead);
         if (raised) scale_o(rescale);
     }
 
@@ -295,9 +357,8 @@ struct Consumer {
             wait_for(shared.k_full(k_ring.stage), k_ring.parity);
             wait_for(shared.v_full(v_ring.stage), v_ring.parity);
             sync_named(ALONE + group, WARPGROUP);
-            release(shared.k_empty(k_ring.stage));
+            release_k();
             release(shared.v_empty(v_ring.stage));
-            k_ring.advance();
             v_ring.advance();
         }
     }
@@ -325,7 +386,7 @@ struct Consumer {
 #pragma unroll 1
             for (; tile >= tiles.begin; --tile) step<true>(item, tile);
         }
-        if constexpr (!Config::O_OVER_Q) release(shared.q_empty());
+        if constexpr (!Config::O_OVER_Q) release_by_warp(shared.q_empty());
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
         wgmma_fence();
         multiply_p_v();

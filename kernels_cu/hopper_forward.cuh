@@ -85,7 +85,7 @@ struct SharedMemory {
     }
     DEVICE void init_barriers() const {
         init_barrier(q_full(), 1);
-        init_barrier(q_empty(), Config::CONSUMERS);
+        init_barrier(q_empty(), (Config::O_OVER_Q ? 1 : 4) * Config::CONSUMERS);
 #pragma unroll
         for (int stage = 0; stage < ITEM_STAGES; ++stage) {
             init_barrier(item_full(stage), 1);
@@ -95,7 +95,7 @@ struct SharedMemory {
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(k_full(stage), 1);
-            init_barrier(k_empty(stage), Config::CONSUMERS);
+            init_barrier(k_empty(stage), 4 * Config::CONSUMERS);  // warps
             init_barrier(v_full(stage), 1);
             init_barrier(v_empty(stage), Config::CONSUMERS + Config::INSPECTORS);
         }

@@ -72,6 +72,23 @@ def make_case(
     return Case(q, k, v, do, dlse, options)
 
 
+#: Powers of 2 by which the scores of `growing_case` grow: kernels that follow the largest score
+#: notice it late, at once, and when exponentials overflow.
+GROWTHS = (0.0, 3.0, 9.0, 300.0)
+
+
+def growing_case(
+    seqlen: int, head_dim: int, dtype: np.dtype, growth: float, **options: Any
+) -> Case:
+    """Scores that grow from every 64 keys to the 64 before them, for every other 16 queries."""
+    case = make_case((), 1, 1, seqlen, seqlen, head_dim, head_dim, dtype, seed=9, **options)
+    q, k = case.q.copy(), case.k.copy()
+    places = np.arange(seqlen)
+    q[..., 0] = 8 * (places // 16 % 2)
+    k[..., 0] = places[::-1] // 64 * growth * np.log(2) * np.sqrt(head_dim) / 8
+    return replace(case, q=q, k=k)
+
+
 def seqlens(smallest: int = 0) -> st.SearchStrategy[int]:
     return st.sampled_from([n for n in (0, *SEQLENS) if n >= smallest])
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from engines import Engine, gpu_engine
 from errors import assert_exact, dense
-from strategies import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, Case, make_case
+from strategies import (
+    BFLOAT16,
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    GROWTHS,
+    Case,
+    growing_case,
+    make_case,
+)
 
 import flash_cupy
 import flash_cupy.cuda
@@ -98,6 +108,17 @@ def test_lengths_masks_and_grouped_heads(
         check_cancelling_gradients(case, *results[2:4])
         results = results[:2]
     assert_exact(case, results, gpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize(("seqlen", "head_dim"), [(500, 64), (2100, 64), (2100, 128), (700, 256)])
+def test_scores_that_grow(
+    gpu: Engine, seqlen: int, head_dim: int, growth: float, causal: bool, dtype: np.dtype
+) -> None:
+    case = growing_case(seqlen, head_dim, dtype, growth, causal=causal)
+    assert_exact(case, gpu.run(case))
 
 
 def check_cancelling_gradients(case: Case, dq: Any, dk: Any) -> None:

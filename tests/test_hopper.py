@@ -105,6 +105,8 @@ def check_compiles(plan: KernelPlan, kernel: str = "hopper_forward") -> None:
 # One of each head dim and mask; all of them are in the slow test.
 SOME = [
     (1000, 64, 64, "causal"),
+    (16384, 64, 64, "causal"),
+    (16384, 64, 64, "full"),
     (1000, 96, 96, "full"),
     (1000, 128, 128, "causal"),
     (16384, 128, 128, "full"),
@@ -326,7 +328,7 @@ def test_o_has_a_place_of_its_own_where_there_is_room() -> None:
     [
         ({"warps": 8}, "8 warps cannot own tile_m=128 rows"),
         ({"warps": 10}, "10 warps cannot own tile_m=128 rows"),
-        ({"warps": 8, "tile_m": 64}, "pingpong needs two consumers"),
+        ({"warps": 8, "tile_m": 64}, "consumers take turns: it takes two"),
         ({"tile_n": 40}, "tile_n is 40, not a positive multiple of 16"),
     ],
 )

@@ -12,7 +12,7 @@ from engines import HOST
 from errors import assert_exact, assert_finite_alike
 from host.device import missing_compiler
 from host.machine import HOPPER, HostMachine
-from strategies import BFLOAT16, FLOAT16, FLOAT64, LAYOUTS, Case, make_case
+from strategies import BFLOAT16, FLOAT16, FLOAT64, GROWTHS, LAYOUTS, Case, growing_case, make_case
 
 import flash_cupy
 from flash_cupy.cuda import force_family, hopper, hopper_backward
@@ -62,8 +62,8 @@ def long_plans(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 def four_consumers(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward plan of rows that fill its tiles for all others, too."""
     rows = hopper.FORWARD_TILES[64, 64]
-    (chosen,) = (row._replace(most_waste=None) for row in rows if row.consumers == 4)
-    monkeypatch.setitem(hopper.FORWARD_TILES, (64, 64), [chosen, *rows])
+    chosen = [row._replace(most_waste=None, min_seqlen=0) for row in rows if row.consumers == 4]
+    monkeypatch.setitem(hopper.FORWARD_TILES, (64, 64), [*chosen, *rows])
     forget_plans()
 
 
@@ -185,26 +185,24 @@ def test_lengths_around_the_tiles(plans: None, forward: Run, seqlen: int) -> Non
     assert_exact(case, forward(case))
 
 
-@pytest.mark.parametrize("growth", [0.0, 3.0, 9.0])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_scores_that_grow_from_tile_to_tile(
-    four_consumers: None, forward: Run, head_dim: int, growth: float
+    four_consumers: None, forward: Run, head_dim: int, growth: float, causal: bool
 ) -> None:
-    """O is rescaled by these kernels only once scores have grown by a factor of 2^8."""
-    case = make_case((), 1, 1, 150, 400, head_dim, head_dim, FLOAT16, seed=9)
-    q, k = case.q.copy(), case.k.copy()
-    steps = np.arange(400)[::-1] // 64  # keys are taken from the right to the left
-    q[..., 0], k[..., 0] = 8, steps * growth * np.log(2) * np.sqrt(head_dim) / 8
-    case = replace(case, q=q, k=k)
+    case = growing_case(400, head_dim, FLOAT16, growth, causal=causal)
     assert_exact(case, forward(case))
 
 
-@pytest.mark.parametrize("growth", [3.0, 9.0])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_growing_scores_with_the_plans_of_long_sequences(
-    long_plans: None, forward: Run, head_dim: int, growth: float
+    long_plans: None, forward: Run, head_dim: int, growth: float, causal: bool
 ) -> None:
-    test_scores_that_grow_from_tile_to_tile(None, forward, head_dim, growth)
+    case = growing_case(600, head_dim, BFLOAT16, growth, causal=causal)
+    assert_exact(case, forward(case))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

@@ -118,12 +118,13 @@ class HopperForwardPlan(HopperPlan):
 
     Attributes
     ----------
-    pingpong
-        Whether consumers take turns at issuing products.
     o_over_q
         Whether o leaves by way of q's place in shared memory, or by a place of its own.
     ahead
         Blocks of 16 keys whose exponentials are computed while the largest score is found.
+    optimistic
+        Whether full steps look for large sums of exponentials instead of large scores, and start
+        again where they find one.
     producer_registers, consumer_registers
         Of a thread of the first warpgroup, and of the others.
     l2_bytes
@@ -134,9 +135,9 @@ class HopperForwardPlan(HopperPlan):
 
     persistent: ClassVar[bool] = True
 
-    pingpong: bool
     o_over_q: bool
     ahead: int
+    optimistic: bool
     producer_registers: int
     consumer_registers: int
     l2_bytes: int
@@ -147,8 +148,8 @@ class HopperForwardPlan(HopperPlan):
         consumers = self.warps // 4 - 1
         if self.warps % 4 or self.tile_m != GROUP_ROWS * consumers:
             raise ValueError(f"{self.warps} warps cannot own tile_m={self.tile_m} rows")
-        if self.pingpong and consumers < 2:
-            raise ValueError("pingpong needs two consumers at least")
+        if consumers < 2:
+            raise ValueError("consumers take turns: it takes two at least")
 
     @property
     def shared_bytes(self) -> int:
@@ -181,8 +182,8 @@ class ForwardTiles(NamedTuple):
     tile_n: int
     consumers: int
     stages: int = 2
-    pingpong: bool = True
     ahead: int = 1
+    optimistic: bool = False
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
     min_seqlen: int = 0  # of keys
@@ -200,20 +201,23 @@ class ForwardTiles(NamedTuple):
         )
 
 
+#: What optimistic rows have in common: with ALiBi scores may grow from step to step.
+_OPTIMISTIC: dict[str, Any] = {"optimistic": True, "ahead": 0, "modified": False}
+
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (64, 64): [
-        ForwardTiles(128, 3, stages=4, modified=False, min_seqlen=1280, l2_bytes=16 << 20),
-        ForwardTiles(128, 3, stages=3, modified=False, band=False, most_waste=0.1),
+        ForwardTiles(128, 3, stages=3, **_OPTIMISTIC, band=False, most_waste=0.1),
+        ForwardTiles(64, 4, stages=6, **_OPTIMISTIC, band=False, most_waste=0.25),
+        ForwardTiles(64, 4, stages=6, **_OPTIMISTIC, min_seqlen=1280, l2_bytes=16 << 20),
         ForwardTiles(64, 4, stages=6, ahead=0, modified=False, most_waste=0.25, l2_bytes=16 << 20),
-        ForwardTiles(128, 3, stages=3, modified=False, band=False),
+        ForwardTiles(128, 3, stages=3, **_OPTIMISTIC, band=False),
         ForwardTiles(128, 2, modified=False),
         ForwardTiles(96, 3, l2_bytes=16 << 20),
     ],
     (96, 96): [ForwardTiles(128, 2)],
     (128, 128): [
-        ForwardTiles(160, 2, pingpong=False, band=False, modified=False, min_seqlen=4096),
-        ForwardTiles(160, 2, band=False, modified=False, min_seqlen=2048),
+        ForwardTiles(160, 2, **_OPTIMISTIC, band=False, min_seqlen=2048),
         ForwardTiles(160, 2, modified=False, min_seqlen=4096),
         ForwardTiles(128, 2),
     ],
@@ -269,9 +273,9 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             stages=row.stages,
             blocks_per_sm=1,
             **options,
-            pingpong=row.pingpong,
             o_over_q=o_over_q,
             ahead=row.ahead,
+            optimistic=row.optimistic,
             producer_registers=producer_registers,
             consumer_registers=consumer_registers,
             l2_bytes=row.l2_bytes if dynamic else STATIC_L2_BYTES,
