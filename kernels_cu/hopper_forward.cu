@@ -17,7 +17,7 @@
 //              (TMA)         <======== q_empty ======= |   wait K(j); issue S(j)
 //                          K, V ==== k_full, v_full => |   wait V(j+1); issue O += P(j+1) V(j+1)
 //                          STAGES of each              |   wait S(j), release K(j)
-//                            <=== k_empty, v_empty === |   mask, P(j), top
+//                            <=== k_empty, v_empty === |   mask, P(j), top (or release K here)
 //   warps 1-3  inspectors    <======== v_empty ======= |   wait O, release V(j+1)
 //              (BAND only)                             |   P(j) to 16 bits; O *= rescale
 //                          the item == inspected ====> | after the last step
@@ -26,11 +26,12 @@
 //                                <=== item_empty ===== | and after their last (hopper_items.cuh)
 //
 // What a consumer does between S and its next product is what the tensor cores wait for. So it
-// does not wait for the largest score: P of the first blocks of keys (AHEAD) is computed as if there
-// were none larger than before, while the largest is found, and `top` raised only if that is larger
-// by 2^SLACK. OPTIMISTIC steps, of full tiles, do not even look for it: where sums of P turn out to
-// be large, S is computed once more, by mma.sync, with `top` raised. That is rare, as scores of
-// tiles are alike; with ALiBi they are not.
+// does not wait for the largest score: P of the first blocks of keys (AHEAD) is computed as if none
+// were larger than before, while the largest is found, and `top` raised only if that is larger by
+// 2^SLACK. OPTIMISTIC steps, of full tiles, do not even look for it: where sums of P turn out to be
+// large, S is computed once more, by mma.sync, and `top` raised. That is rare, as scores of tiles
+// are alike; with ALiBi they are not. As each warp may do that by itself, each releases K and Q for
+// itself.
 //
 // All of these are mbarriers, one for each stage or one for Q. Named barriers let the consumers
 // take turns: only one of them issues products at a time, so that its softmax runs while the others
@@ -69,6 +70,8 @@ struct Config {
     static constexpr bool SOFTCAP = PLAN_SOFTCAP;
     static constexpr bool ALIBI = PLAN_ALIBI;
 
+    static_assert(!(OPTIMISTIC && (SOFTCAP || ALIBI)), "S is not modified again");
+
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     static constexpr int INSPECTORS = BAND ? 3 : 0;  // warps
 };
@@ -88,6 +91,7 @@ struct Consumer {
     static constexpr int DIM_BLOCKS_V = Config::HEAD_DIM_V / 16;
     static constexpr int ROWS = 64;
     using Scores = Accumulator<float>[1][KEY_BLOCKS];
+    using Rescale = float[1][2];
     // P of the first blocks of keys, whose scores stay as they are.
     using Ahead = Accumulator<float>[Config::AHEAD > 0 ? Config::AHEAD : 1];
     static constexpr int SLACK = 8;  // powers of 2 by which P may be larger than 1
@@ -109,8 +113,6 @@ struct Consumer {
     // Of an item.
     Accumulator<float> o[1][DIM_BLOCKS_V];
     uint32 p[KEY_BLOCKS][4];  // of the latest step
-    bool raised;              // whether `top` has been, for some row of the warp: then
-    float rescale[1][2];      // O, without this P, is to be multiplied by this
     OnlineSoftmax<float, 1> softmax;
 
     DEVICE Consumer(const AttentionParams& params, const ForwardMaps& maps)
@@ -198,10 +200,16 @@ struct Consumer {
         }
     }
 
-    // S to P, still as floats; sets `raised` and `rescale`.
+    // S to P, still as floats. Returns whether `top` has been raised for some row of the warp: then
+    // O, which is without this P yet, is to be multiplied by `rescale`.
+    //
+    // Warps raise it alone: nothing in that branch may belong to the whole group, nor change what
+    // products in flight read or add to.
     template <bool PARTIAL>
-    DEVICE void exponentiate(Scores& s, Ahead& ahead, const Item<Config>& item, int32 tile) {
-        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;  // leaves no register to ask all_see
+    DEVICE bool exponentiate(Scores& s, Ahead& ahead, Rescale& rescale, const Item<Config>& item,
+                             int32 tile) {
+        // Leaves no register to ask all_see.
+        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
         if constexpr (MODIFIES) modify(s, item, tile);
         if (PARTIAL &&
             (MODIFIES || !item.all_see(item.first_row + group * ROWS, ROWS, tile))) {
@@ -209,12 +217,10 @@ struct Consumer {
         }
         const float factor = item.score.factor;
         look_ahead(s, ahead, factor);
-        raised = softmax.outgrown(s, factor, SLACK);
-        // (Nothing that a product reads or adds to may change in this branch: ptxas would have all
-        // warps of the group meet in it.)
+        const bool raised = softmax.outgrown(s, factor, SLACK);
         if (raised) {
             softmax.raise_top(s, factor, rescale);
-            look_ahead(s, ahead, factor);
+            look_ahead(s, ahead, in_register(factor));  // not from products made before
         }
 #pragma unroll
         for (int n = 0; n < KEY_BLOCKS; ++n) {
@@ -225,6 +231,7 @@ struct Consumer {
                 softmax.add(s[0][n], 0);
             }
         }
+        return raised;
     }
     DEVICE void look_ahead(const Scores& s, Ahead& ahead, float factor) const {
 #pragma unroll
@@ -234,31 +241,27 @@ struct Consumer {
         }
     }
 
-    // The same of a full tile, by the sums of P instead of the largest score.
-    DEVICE void exponentiate_optimistically(Scores& s, float factor) {
-#pragma unroll
-        for (int n = 0; n < KEY_BLOCKS; ++n) {
-            softmax.template exponentiate_seen<Mma<T>>(s[0][n], 0, factor);
-        }
-        float added[1][2] = {};
-        sum_up(s, added);
-        raised = softmax.outgrown(added, 1 << SLACK);
+    // The same of a full tile, by sums of P instead of the largest score.
+    DEVICE bool exponentiate_optimistically(Scores& s, Rescale& rescale, float factor) {
+        float added[1][2];
+        sum_exponentials(s, added, factor);
+        const bool raised = softmax.exceeds(added, 1 << SLACK);
         if (raised) {
             multiply_q_k_again(s);
             softmax.raise_top(s, factor, rescale);
-#pragma unroll
-            for (int n = 0; n < KEY_BLOCKS; ++n) {
-                softmax.template exponentiate<Mma<T>>(s[0][n], 0, factor);
-            }
-            added[0][0] = added[0][1] = 0;
-            sum_up(s, added);
+            sum_exponentials(s, added, factor);
         }
         softmax.sum[0][0] += added[0][0];
         softmax.sum[0][1] += added[0][1];
+        return raised;
     }
-    static DEVICE void sum_up(const Scores& p, float (&sums)[1][2]) {
+    DEVICE void sum_exponentials(Scores& s, float (&sums)[1][2], float factor) const {
+        sums[0][0] = sums[0][1] = 0;
 #pragma unroll
-        for (int n = 0; n < KEY_BLOCKS; ++n) OnlineSoftmax<float, 1>::add(p[0][n], 0, sums);
+        for (int n = 0; n < KEY_BLOCKS; ++n) {
+            softmax.template exponentiate<Mma<T>>(s[0][n], 0, factor);
+            OnlineSoftmax<float, 1>::add(s[0][n], 0, sums);
+        }
     }
     // S anew, by each warp for itself, while products of the group run.
     DEVICE void multiply_q_k_again(Scores& s) const {
@@ -312,12 +315,13 @@ struct Consumer {
         pass_turn();
         wgmma_wait<0>();
         release_k();
-        exponentiate<true>(s, ahead, item, tile);
+        Rescale rescale;  // O is zero yet
+        exponentiate<true>(s, ahead, rescale, item, tile);
         keep_p<Config::AHEAD>(s, ahead);
     }
 
-    // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in it
-    // (not PARTIAL), nothing but the products and P remains.
+    // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in
+    // it (not PARTIAL), nothing but the products and P remains.
     template <bool PARTIAL>
     DEVICE void step(const Item<Config>& item, int32 tile) {
         Scores s;
@@ -330,14 +334,15 @@ struct Consumer {
         multiply_p_v();
         pass_turn();
         wgmma_wait<1>();
-        constexpr bool OPTIMISTIC =
-            Config::OPTIMISTIC && !PARTIAL && !Score<Config, float>::MODIFIES;
+        constexpr bool OPTIMISTIC = Config::OPTIMISTIC && !PARTIAL;
+        Rescale rescale;
+        bool raised;
         if constexpr (OPTIMISTIC) {
-            exponentiate_optimistically(s, item.score.factor);
+            raised = exponentiate_optimistically(s, rescale, item.score.factor);
             release_k();
         } else {
             release_k();
-            exponentiate<PARTIAL>(s, ahead, item, tile);
+            raised = exponentiate<PARTIAL>(s, ahead, rescale, item, tile);
         }
         wgmma_wait<0>();
         release(shared.v_empty(v_ring.stage));
@@ -348,7 +353,8 @@ struct Consumer {
 
     // Tiles that only other consumers' rows see. The turns and the stages need this one, too: it
     // takes a turn for each tile of the item, and releases a stage not before it is full, as its
-    // arrival would count for the phase before, nor before all its threads have seen that.
+    // arrival would count for the phase before, nor before all threads that it stands for have seen
+    // that.
     DEVICE void skip_tiles(int32 begin, int32 end) {
 #pragma unroll 1
         for (int32 tile = end - 1; tile >= begin; --tile) {

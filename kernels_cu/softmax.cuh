@@ -70,29 +70,29 @@ struct OnlineSoftmax {
         return __any_sync(0xffffffff, found);
     }
 
-    // The same of rows, by the sums of P over this lane's columns; and a row that has seen nothing
-    // before, of which P is not what it should be.
-    DEVICE bool outgrown(const Real (&added)[ROW_BLOCKS][2], Real slack) const {
+    // The same by sums of P over this lane's columns: whether one exceeds `limit`, or a row has
+    // seen nothing before, so that its P says nothing. (NaN is what it is with any `top`.)
+    DEVICE bool exceeds(const Real (&added)[ROW_BLOCKS][2], Real limit) const {
         bool found = false;
 #pragma unroll
         for (int m = 0; m < ROW_BLOCKS; ++m) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                found |= added[m][r] > slack || top[m][r] == -infinity<Real>();
+                found |= top[m][r] == -infinity<Real>() ? added[m][r] == added[m][r]
+                                                        : added[m][r] > limit;
             }
         }
         return __any_sync(0xffffffff, found);
     }
 
-    // Turns 16 x 16 scores of row block m into P = 2^(factor s - top), 0 in a row that sees nothing.
+    // Turns 16 x 16 scores of row block m into P = 2^(factor s - top), 0 in rows that see nothing.
     template <class M>
     DEVICE void exponentiate(Accumulator<Real>& s, int m, Real factor) const {
-        exponentiate<M>(s, factor, finite_top(m, 0), finite_top(m, 1));
-    }
-    // The same for rows that have seen something before.
-    template <class M>
-    DEVICE void exponentiate_seen(Accumulator<Real>& s, int m, Real factor) const {
-        exponentiate<M>(s, factor, top[m][0], top[m][1]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            Real& x = s.value[i / 4][i % 4];
+            x = M::at_most_1(exp2_real(x * factor - finite_top(m, i % 4 / 2)));
+        }
     }
 
     // Adds P to `sum`, or to sums of the same form.
@@ -124,14 +124,6 @@ struct OnlineSoftmax {
     }
 
 private:
-    template <class M>
-    static DEVICE void exponentiate(Accumulator<Real>& s, Real factor, Real top_0, Real top_1) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            Real& x = s.value[i / 4][i % 4];
-            x = M::at_most_1(exp2_real(fma(x, factor, -(i % 4 / 2 == 0 ? top_0 : top_1))));
-        }
-    }
     // Of row r, in this lane's columns.
     template <int KEY_BLOCKS>
     static DEVICE Real largest(const Accumulator<Real> (&s)[KEY_BLOCKS], int r) {

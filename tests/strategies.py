@@ -80,12 +80,37 @@ GROWTHS = (0.0, 3.0, 9.0, 300.0)
 def growing_case(
     seqlen: int, head_dim: int, dtype: np.dtype, growth: float, **options: Any
 ) -> Case:
-    """Scores that grow from every 64 keys to the 64 before them, for every other 16 queries."""
+    """Scores that grow from every 64 keys to the 64 before them, for some queries.
+
+    For two of three, and none of every other 16, so that warps differ, and rows of a warp.
+    """
     case = make_case((), 1, 1, seqlen, seqlen, head_dim, head_dim, dtype, seed=9, **options)
     q, k = case.q.copy(), case.k.copy()
     places = np.arange(seqlen)
-    q[..., 0] = 8 * (places // 16 % 2)
+    q[..., 0] = 8 * (places // 16 % 2) * (places % 3 > 0)
     k[..., 0] = places[::-1] // 64 * growth * np.log(2) * np.sqrt(head_dim) / 8
+    return replace(case, q=q, k=k)
+
+
+NONFINITE = ("-inf", "nan in q", "nan in k", "inf in q", "overflow")
+
+
+def nonfinite_case(seqlen: int, head_dim: int, dtype: np.dtype, what: str, **options: Any) -> Case:
+    """Scores of long rows that are not finite, or exponentials that are not, for some queries."""
+    case = make_case((), 1, 1, seqlen, seqlen, head_dim, head_dim, dtype, seed=3, **options)
+    q, k = case.q.copy(), case.k.copy()
+    if what == "-inf":  # in all tiles but the last ones, and +inf for a third of the queries
+        q[..., 3] = np.where(np.arange(seqlen) % 3 == 0, -1, 1)
+        k[0, 150:, 3] = -np.inf
+    elif what == "nan in q":
+        q[0, [5, 77, 300], 2] = np.nan
+    elif what == "nan in k":
+        k[0, [20, 333], 2] = np.nan
+    elif what == "inf in q":
+        q[0, [5, 77, 300], 2] = np.inf
+    else:
+        q[0, ::7] *= 3000
+        k[0, :200] *= 3000
     return replace(case, q=q, k=k)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import Engine, gpu_engine
-from errors import assert_exact, dense
+from errors import assert_exact, assert_finite_alike, dense
 from strategies import (
     BFLOAT16,
     DTYPES,
@@ -18,9 +18,11 @@ from strategies import (
     FLOAT32,
     FLOAT64,
     GROWTHS,
+    NONFINITE,
     Case,
     growing_case,
     make_case,
+    nonfinite_case,
 )
 
 import flash_cupy
@@ -119,6 +121,17 @@ def test_scores_that_grow(
 ) -> None:
     case = growing_case(seqlen, head_dim, dtype, growth, causal=causal)
     assert_exact(case, gpu.run(case))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("what", NONFINITE)
+@pytest.mark.parametrize(("seqlen", "head_dim"), [(500, 64), (2100, 64), (2100, 128), (700, 256)])
+def test_nonfinite_scores_of_long_rows(
+    gpu: Engine, seqlen: int, head_dim: int, what: str, causal: bool, dtype: np.dtype
+) -> None:
+    case = nonfinite_case(seqlen, head_dim, dtype, what, causal=causal)
+    assert_finite_alike(case, gpu.run(case)[:2])
 
 
 def check_cancelling_gradients(case: Case, dq: Any, dk: Any) -> None:

@@ -12,7 +12,18 @@ from engines import HOST
 from errors import assert_exact, assert_finite_alike
 from host.device import missing_compiler
 from host.machine import HOPPER, HostMachine
-from strategies import BFLOAT16, FLOAT16, FLOAT64, GROWTHS, LAYOUTS, Case, growing_case, make_case
+from strategies import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT64,
+    GROWTHS,
+    LAYOUTS,
+    NONFINITE,
+    Case,
+    growing_case,
+    make_case,
+    nonfinite_case,
+)
 
 import flash_cupy
 from flash_cupy.cuda import force_family, hopper, hopper_backward
@@ -203,6 +214,15 @@ def test_growing_scores_with_the_plans_of_long_sequences(
 ) -> None:
     case = growing_case(600, head_dim, BFLOAT16, growth, causal=causal)
     assert_exact(case, forward(case))
+
+
+@pytest.mark.parametrize("what", NONFINITE)
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (64, True), (128, False)])
+def test_nonfinite_scores_of_long_rows(
+    long_plans: None, forward: Run, head_dim: int, causal: bool, what: str
+) -> None:
+    case = nonfinite_case(600, head_dim, BFLOAT16, what, causal=causal)
+    assert_finite_alike(case, forward(case))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

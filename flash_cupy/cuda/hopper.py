@@ -201,7 +201,7 @@ class ForwardTiles(NamedTuple):
         )
 
 
-#: What optimistic rows have in common: with ALiBi scores may grow from step to step.
+#: What optimistic rows have in common: scores that are computed again are not modified again.
 _OPTIMISTIC: dict[str, Any] = {"optimistic": True, "ahead": 0, "modified": False}
 
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
