@@ -112,7 +112,7 @@ def test_lengths_masks_and_grouped_heads(
     assert_exact(case, results, gpu)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize(("seqlen", "head_dim"), [(500, 64), (2100, 64), (2100, 128), (700, 256)])
@@ -120,7 +120,7 @@ def test_scores_that_grow(
     gpu: Engine, seqlen: int, head_dim: int, growth: float, causal: bool, dtype: np.dtype
 ) -> None:
     case = growing_case(seqlen, head_dim, dtype, growth, causal=causal)
-    assert_exact(case, gpu.run(case))
+    assert_exact(case, gpu.run(case)[:2])
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
