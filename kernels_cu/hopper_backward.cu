@@ -74,6 +74,9 @@ struct Config {
     // is too rare to pay for the branch.
     static constexpr bool SKIPS_PRODUCTS = BAND && TILE_M == 64;
     static constexpr bool CONSUMERS_DIFFER = false;  // have code of their own
+    // Who lets bulk additions see dQ in shared memory, which takes some 250 clocks: the writers, or
+    // the consumers, which are faster so in the order that 80 queries a step make them take.
+    static constexpr bool WRITERS_FENCE = TILE_M != 80;
     static constexpr bool WIDE = false;
     static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;  // before the wait for dP
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head

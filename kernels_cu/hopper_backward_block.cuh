@@ -325,8 +325,9 @@ struct BackwardBlock {
         }
     }
 
-    // One thread: all loads. K comes before the first Q and V with the first dO, or, if they go on
-    // to registers, with K: those of a whole head while the tile before is computed.
+    // One thread: all loads but that of the first K. K comes before the first Q and V with the first
+    // dO, or, if they go on to registers, with K: those of a whole head while the tile before is
+    // computed.
     DEVICE void produce() const {
         const HeadIndex keys = key_head();
         for_each_key_tile([&](const BackwardBlock& block, Progress done) {
@@ -340,7 +341,7 @@ struct BackwardBlock {
         const int32 row = step.tile * Config::TILE_M;
         const int q_full = Q_FULL + step.stage(), do_full = DO_FULL + step.stage();
         const bool v_with_do = !Config::KEYS_IN_REGISTERS && step.first;
-        if (step.first) load_keys(keys, keys_parity);
+        if (Config::WHOLE_HEAD && step.first && place.tile > 0) load_keys(keys, keys_parity);
         wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
         arrive_expecting(barrier(q_full), QTile::BYTES + TERMS_BYTES);
         load(q_tile(step.stage()), maps.q, index, row, q_full);
@@ -350,6 +351,11 @@ struct BackwardBlock {
         arrive_expecting(barrier(do_full), DoTile::BYTES + (v_with_do ? VTile::BYTES : 0));
         if (v_with_do) load(v_tile(), maps.v, keys, first_key, do_full);
         load(do_tile(step.stage()), maps.do_, index, row, do_full);
+    }
+    // Of a block's first tile, as soon as there are barriers.
+    DEVICE void load_first_keys() const {
+        const TileRange tiles = query_tiles();
+        if (tiles.begin < tiles.end) load_keys(find_key_head(), 1);
     }
     DEVICE void load_keys(const HeadIndex& keys, uint32 parity) const {
         if constexpr (Config::WHOLE_HEAD) wait_for(barrier(KEYS_EMPTY), parity);
@@ -488,6 +494,7 @@ struct BackwardBlock {
         for_each_step({0, 0}, [&](const Step& step) {
             sync_named(DQ_FULL + consumer, DQ_THREADS);
             if (adds) {
+                if constexpr (Config::WRITERS_FENCE) fence_async_shared();
                 if constexpr (Config::DETERMINISTIC) {
                     wait_for_turn(dq_turns(step) + consumer, turn(step.tile));
                 }
@@ -500,14 +507,32 @@ struct BackwardBlock {
             if constexpr (Config::DETERMINISTIC) {
                 if (adds) {
                     wait_bulk<0>();
-                    pass_turn(dq_turns(step) + consumer);
+                    pass_turn_of_bulk(dq_turns(step) + consumer);
                 }
             }
         });
         if (adds) {
             wait_bulk<0>();
-            pass_turn(rounding().added(load_word(NUMBER)));
+            pass_turn_of_bulk(rounding().added(load_word(NUMBER)));
         }
+    }
+
+    // One warp for each consumer of a WIDE kernel, which adds dQ itself: says so, as that takes long,
+    // of every step where others wait for it, and in the end.
+    DEVICE void pass_turns(int consumer) const {
+        arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
+        wait_for_inspectors();
+        if (is_set(DQ_SPOILT)) return;
+        const auto pass = [&](int32* counter) {
+            sync_named(DQ_FULL + consumer, DQ_THREADS);
+            if (lane_index() == 0) pass_turn(counter);
+            __syncwarp();
+            arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
+        };
+        if constexpr (Config::DETERMINISTIC) {
+            for_each_step({0, 0}, [&](const Step& step) { pass(dq_turns(step) + consumer); });
+        }
+        pass(rounding().added(load_word(NUMBER)));
     }
 
     // How many key tiles add to a tile of dQ before this one: those behind it that it sees.
@@ -531,7 +556,9 @@ struct BackwardBlock {
             if (lane_index() == 0) arrive_at(barrier(INSPECTED));
         }
         if (threadIdx.x == WARP) prefetch_next();
-        if constexpr (!Config::WIDE && !Config::WHOLE_HEAD) {
+        if constexpr (Config::WIDE) {
+            if (warp <= CONSUMERS) pass_turns(warp - 1);
+        } else if constexpr (!Config::WHOLE_HEAD) {
             if (warp >= 2) write_dq(warp - 2);
         }
     }

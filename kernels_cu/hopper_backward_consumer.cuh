@@ -92,8 +92,11 @@ DEVICE void run_block(const AttentionParams& params, const BackwardMaps& maps) {
         share = role.share;
     }
     const BackwardBlock<Config> block(params, maps, shared, share);
-    if (threadIdx.x == 0) block.store_head();
-    if (threadIdx.x == WARP) block.init_barriers();
+    if (threadIdx.x == 0) {
+        block.init_barriers();
+        block.load_first_keys();
+    }
+    if (threadIdx.x == WARP) block.store_head();
     __syncthreads();
     // Shuffled, so that the compiler knows it for uniform.
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);

@@ -56,7 +56,7 @@ struct GradientConsumer : BackwardConsumer<Config> {
         } else {
             sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);
             store_dq(dq, 0);
-            fence_async_shared();
+            if constexpr (!Config::WRITERS_FENCE) fence_async_shared();
             arrive_named(Block::DQ_FULL + index, Block::DQ_THREADS);
         }
     }

@@ -99,15 +99,13 @@ struct Consumer : BackwardConsumer<Config> {
     bool adds;         // dQ, as it is not spoilt: known from the first step on
     DqPart late_dq;    // what a step has left to the next one
     float* late_sums;  // what it is added to, or null
-    int32* late_turns;
 
     DEVICE Consumer(const Block& block, int index, Progress before)
         : Base(block, index, before),
           dk{},
           dv{},
           adds(true),
-          late_sums(nullptr),
-          late_turns(nullptr) {}
+          late_sums(nullptr) {}
 
     DEVICE int first_row() const {  // of this consumer in the tiles of keys
         return KEYS * index;
@@ -264,13 +262,14 @@ struct Consumer : BackwardConsumer<Config> {
             wait_for_turn(block.dq_turns(step) + index, block.turn(step.tile));
         }
     }
-    // After the last one.
-    DEVICE void end_adding(int32* turns) const {
-        sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-        if (leads()) pass_turn(turns);
+    // After the last one of a step, in turns, and of a block: to the warp that says so to others.
+    DEVICE void end_adding() const {
+        if (!adds) return;
+        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);
+        arrive_named(Block::DQ_FULL + index, Block::DQ_THREADS);
     }
-    DEVICE void end_late() const {
-        if (Config::DETERMINISTIC && late_sums) end_adding(late_turns);
+    DEVICE void end_turn() const {
+        if constexpr (Config::DETERMINISTIC) end_adding();
     }
 
     // ---- a step ---------------------------------------------------------------------------------
@@ -326,8 +325,8 @@ struct Consumer : BackwardConsumer<Config> {
             for (int part = 0; part < PARTS; ++part) {
                 add_pieces(part_sums(step, part), dq[part], 0, PIECES);
             }
-            if constexpr (Config::DETERMINISTIC) end_adding(block.dq_turns(step) + index);
         }
+        end_turn();
         wgmma_wait<0>();
         this->inspect_queries(step);
         this->release_q(stage);
@@ -338,7 +337,7 @@ struct Consumer : BackwardConsumer<Config> {
         const int stage = step.stage();
         compute_weights(s, step);
         add_late(LATE_WITH_DS, PIECES);
-        end_late();
+        if (late_sums) end_turn();
 
         DqPart dq;
         wgmma_fence();
@@ -356,7 +355,6 @@ struct Consumer : BackwardConsumer<Config> {
         multiply_q_k(s, next);
         if (adds) add_pieces(sums, dq, FIRST_PIECES, PIECES);
         late_sums = adds ? part_sums(step, 1) : nullptr;
-        if constexpr (Config::DETERMINISTIC) late_turns = block.dq_turns(step) + index;
         add_late(0, LATE_WITH_S);
         wgmma_wait<0>();
     }
@@ -381,7 +379,7 @@ struct Consumer : BackwardConsumer<Config> {
                 compute_ahead(s, step, min(step.index + 1, last));
             });
             add_late(LATE_WITH_S, PIECES);
-            end_late();
+            end_turn();
             return done;
         }
     }
@@ -420,19 +418,21 @@ struct Consumer : BackwardConsumer<Config> {
         block.rounding().wait_for_place(block.load_word(Block::NUMBER));
         this->wait_for_keys();
         const Progress done = walk_queries(tiles);
-        this->meet_consumers();  // nobody reads K and V any more, or adds to dq_sum
-        if (leads() && adds) pass_turn(block.rounding().added(block.load_word(Block::NUMBER)));
+        end_adding();
+        this->meet_consumers();  // nobody reads K and V any more
         const float scale = gradient_scale<Config>(block.params);
         store<MY_DV_PARTS>(dv, 1, block.v_tile());
         store<PARTS>(dk, scale, block.k_tile());
         fence_async_shared();
         sync_named(Block::ONE_CONSUMER + index, WARPGROUP);
-        if (!leads()) return done;
-        const HeadIndex head = block.key_head();
-        send<MY_DV_PARTS>(block.v_tile(), head, block.maps.dv);
-        send<PARTS>(block.k_tile(), head, block.maps.dk);
-        commit_bulk();
-        wait_bulk_read<0>();
+        if (leads()) {
+            const HeadIndex head = block.key_head();
+            send<MY_DV_PARTS>(block.v_tile(), head, block.maps.dv);
+            send<PARTS>(block.k_tile(), head, block.maps.dk);
+            commit_bulk();
+            wait_bulk_read<0>();
+        }
+        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);  // the last arrival
         return done;
     }
 };

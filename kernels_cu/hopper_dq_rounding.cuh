@@ -183,7 +183,7 @@ struct DqRounding {
         }
         if (leads && clears) {
             wait_bulk<0>();
-            pass_turn(rounded(share.head));
+            pass_turn_of_bulk(rounded(share.head));
         }
     }
 

@@ -530,8 +530,8 @@ PLANTED = {
         r"missing fence: read of .* shared memory by the bulk copies of thread 0 .*,\n"
         "after a write by thread",
     ),
-    "fence by another thread than the writers": (
-        "fill(); __syncthreads(); if (i == 0) { fence_async_shared(); store(0); }",
+    "fence by another thread before the writes": (
+        "if (i == 0) fence_async_shared(); fill(); __syncthreads(); if (i == 0) store(0);",
         "missing fence: read of .* shared memory by the bulk copies of thread 0",
     ),
     "fence without a barrier": (

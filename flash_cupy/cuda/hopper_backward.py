@@ -131,7 +131,7 @@ class HopperBackwardPlan(HopperPlan):
         pieces = ceil_div(LAST_ROUNDING_WARPS, last)
         return shares + periods + ceil_div(last * pieces, self.warps), {
             "dq_heads": places,
-            "section": section_heads(problem, self.tile_n),
+            "section": section_heads(problem, self),
             "dq_lag": lag,
             "dq_pieces": pieces,
         }
@@ -384,12 +384,20 @@ def key_head_count(problem: Problem) -> int:
     return head_count(problem) // problem.group
 
 
-def section_heads(problem: Problem, tile_n: int) -> int:
-    """Return the key heads of a section, of which some tiles are longer only under a mask."""
-    if problem.band.left is None and problem.band.right is None:
-        return 1
-    tiles = ceil_div(problem.seqlen_k, tile_n)
+def section_heads(problem: Problem, plan: HopperBackwardPlan) -> int:
+    """Return the key heads of a section, see kernels_cu/head_tiles.cuh.
+
+    Under a mask some tiles are longer than others. Without one it takes sections only in a fixed
+    order: there a block adds to dQ a step or more behind the block of the tile of keys before, and
+    with as many heads as blocks start in that time it starts so much later.
+    """
+    tiles = ceil_div(problem.seqlen_k, plan.tile_n)
     short = tiles <= SHORT_HEAD_TILES
+    if problem.band.left is None and problem.band.right is None:
+        if not plan.deterministic:
+            return 1
+        steps = ceil_div(problem.seqlen_q, plan.tile_m) * problem.group
+        return ceil_div(SECTION_TILES if short else 3 * SECTION_TILES // 2, steps)
     return ceil_div(SHORT_SECTION_TILES if short else SECTION_TILES, tiles)
 
 
@@ -399,7 +407,7 @@ def dq_places(card: Card, problem: Problem, plan: HopperBackwardPlan) -> int:
     All, or whole sections, twice as many as it takes from a share's computation to its rounding:
     all of its section and a good round of blocks. The same time passes until the place is used.
     """
-    section = section_heads(problem, plan.tile_n)
+    section = section_heads(problem, plan)
     blocks = section * ceil_div(problem.seqlen_k, plan.tile_n)
     lag = blocks + 17 * card.multiprocessors // 16 + plan.warps
     return min(key_head_count(problem), section * ceil_div(2 * lag, blocks))

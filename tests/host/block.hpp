@@ -124,7 +124,8 @@ public:
     void learn(Thread& thread, int unit, uint32_t clock);
     // All that the thread knows, itself included.
     Knowledge view(const Thread& thread) const;
-    void fence(Thread& thread) { thread.clock = thread.fenced = tick(); }
+    // All that the thread has written, or knows to be written, is there for units from now on.
+    void fence(Thread& thread);
 
 private:
     void prepare(int count);

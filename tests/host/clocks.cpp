@@ -46,6 +46,14 @@ static Knowledge& own_knowledge(Thread& thread) {
     return *thread.known;
 }
 
+void Block::fence(Thread& thread) {
+    thread.clock = thread.fenced = tick();
+    Knowledge& known = own_knowledge(thread);
+    for (int i = 0; i < count_; ++i) {
+        Knowledge::raise(known.fenced, i, std::max(Knowledge::at(known.done, i), all_know_));
+    }
+}
+
 void Block::learn(Thread& thread, const Knowledge& knowledge) {
     own_knowledge(thread).join(knowledge);
 }
