@@ -57,7 +57,6 @@ struct Config {
     static constexpr int TILE_N = PLAN_TILE_N;            // keys of a step
     static constexpr int HEAD_DIM = PLAN_HEAD_DIM;        // of q and k, filled up with zeros
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;    // of v and o
-    static constexpr int Q_STAGES = PLAN_Q_STAGES;
     static constexpr int STAGES = PLAN_STAGES;            // of K and of V
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
     static constexpr int AHEAD = PLAN_AHEAD;               // blocks of 16 keys
@@ -95,8 +94,6 @@ struct Consumer {
     using Rescale = float[1][2];
     // P of the first blocks of keys, whose scores stay as they are.
     using Ahead = Accumulator<float>[Config::AHEAD > 0 ? Config::AHEAD : 1];
-    // Whether the first S of an item is computed under the end of the item before.
-    static constexpr bool BEGINS_EARLY = Config::Q_STAGES > 1;
     static constexpr int SLACK = 8;  // powers of 2 by which P may be larger than 1
 
     // Named barriers.
@@ -111,7 +108,7 @@ struct Consumer {
     const bool leader;  // the one thread of the warpgroup that signals and starts copies
 
     Ring<Config::STAGES> k_ring, v_ring;
-    Ring<Config::Q_STAGES> q_ring;
+    Ring<1> q_ring;
 
     // Of an item.
     Accumulator<float> o[1][DIM_BLOCKS_V];
@@ -148,9 +145,9 @@ struct Consumer {
     }
 
     // S = Q K^T
-    DEVICE void multiply_q_k(Scores& s, int q_stage, int k_stage) const {
-        const auto q = shared.q(q_stage);
-        const auto k = shared.k(k_stage);
+    DEVICE void multiply_q_k(Scores& s) const {
+        const auto q = shared.q();
+        const auto k = shared.k(k_ring.stage);
 #pragma unroll
         for (int d = 0; d < Config::HEAD_DIM; d += 16) {
             wgmma_ss<T, Config::TILE_N, false, false>(
@@ -268,7 +265,7 @@ struct Consumer {
     }
     // S anew, by each warp for itself, while products of the group run.
     DEVICE void multiply_q_k_again(Scores& s) const {
-        const auto q = shared.q(q_ring.stage);
+        const auto q = shared.q();
         const auto k = shared.k(k_ring.stage);
         // Not the member, from which ptxas would prepare addresses in every step.
         const int32 row = (recompute_from(threadIdx.x) - WARPGROUP) / WARP * 16;
@@ -307,30 +304,16 @@ struct Consumer {
         }
     }
 
-    // The tiles that these rows of an item see.
-    DEVICE TileRange own_tiles(const Item<Config>& item) const {
-        return item.tiles_of(item.first_row + group * ROWS, ROWS);
-    }
-
-    // S of the rightmost of them, on its way. Behind the last item what is there is multiplied once
-    // more, for nobody: a product under an `if` would make the compiler wait for every one of them.
-    DEVICE void begin(const Item<Config>& item, const TileRange& tiles, Scores& s) {
-        const bool exists = !BEGINS_EARLY || item.exists();
-        if (exists) {
-            skip_tiles(tiles.end, item.tiles.end);
-            wait_for(shared.q_full(q_ring.stage), q_ring.parity);
-            wait_for(shared.k_full(k_ring.stage), k_ring.parity);
-        }
+    // The rightmost tile of keys. There is nothing to multiply with V yet.
+    DEVICE void first_step(const Item<Config>& item, int32 tile) {
+        Scores s;
+        Ahead ahead;
+        wait_for(shared.k_full(k_ring.stage), k_ring.parity);
         take_turn();
         wgmma_fence();
-        multiply_q_k(s, exists ? q_ring.stage : q_ring.stage_before(),
-                     exists ? k_ring.stage : k_ring.stage_before());
+        multiply_q_k(s);
         pass_turn();
-    }
-
-    // P of that tile. There is nothing to multiply with V yet.
-    DEVICE void first_step(const Item<Config>& item, int32 tile, Scores& s) {
-        Ahead ahead;
+        wgmma_wait<0>();
         release_k();
         Rescale rescale;  // O is zero yet
         exponentiate<true>(s, ahead, rescale, item, tile);
@@ -346,7 +329,7 @@ struct Consumer {
         wait_for(shared.k_full(k_ring.stage), k_ring.parity);
         take_turn();
         wgmma_fence();
-        multiply_q_k(s, q_ring.stage, k_ring.stage);
+        multiply_q_k(s);
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
         multiply_p_v();
         pass_turn();
@@ -386,11 +369,13 @@ struct Consumer {
         }
     }
 
-    // All steps of `tiles`, of which the first S is there, but for the end of the last product.
-    DEVICE void walk_keys(const Item<Config>& item, const TileRange& tiles, Scores& s) {
+    // All steps of `tiles`, but for the end of the last product.
+    DEVICE void walk_keys(const Item<Config>& item, const TileRange& tiles) {
+        wait_for(shared.q_full(), q_ring.parity);
+        q_ring.advance();
         // Not in a uniform register, of which the products' addresses need many.
         int32 tile = recompute_from(tiles.end - 1);
-        first_step(item, tile--, s);
+        first_step(item, tile--);
         // Tiles masked at their right end, full ones, tiles masked at their left end. (A product
         // under an `if` would make the compiler wait for every one of them.) With masks the first
         // full tile goes with those before it: in all steps after it head dim 128 is 2 % faster.
@@ -407,7 +392,7 @@ struct Consumer {
 #pragma unroll 1
             for (; tile >= tiles.begin; --tile) step<true>(item, tile);
         }
-        if constexpr (!Config::O_OVER_Q) release_by_warp(shared.q_empty(q_ring.stage));
+        if constexpr (!Config::O_OVER_Q) release_by_warp(shared.q_empty());
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
         wgmma_fence();
         multiply_p_v();
@@ -450,7 +435,7 @@ struct Consumer {
         commit_bulk();
         if constexpr (Config::O_OVER_Q) {
             wait_bulk_read<0>();
-            arrive_at(shared.q_empty(0));
+            arrive_at(shared.q_empty());
         }
     }
 
@@ -466,69 +451,28 @@ struct Consumer {
         pairs.store(first_row, first_row + ROWS);
     }
 
-    // The item behind the last product: O and lse to their tensors. `next` begins, if it may.
-    DEVICE void end(const Item<Config>& item, const TileRange& tiles, const Item<Config>& next,
-                    const TileRange& next_tiles, Scores& s) {
-        const int v_stage = v_ring.stage;
-        v_ring.advance();
-        const int32 first = Config::BAND ? item.recomputed_begin() : tiles.begin;
-        // Tiles that are passed by may need the place of this V.
-        const bool skips = !BEGINS_EARLY || first < tiles.begin ||
-                           (next.exists() && next_tiles.end < next.tiles.end);
-        if (skips) {
-            wgmma_wait<0>();
-            release(shared.v_empty(v_stage));
-        }
-        skip_tiles(first, tiles.begin);
-        q_ring.advance();
-        if constexpr (BEGINS_EARLY) begin(next, next_tiles, s);
-        float scale[1][2], lse[1][2];
-        softmax.finish(scale, lse);
-        store_lse(item, lse);
-        if constexpr (BEGINS_EARLY) wgmma_wait<1>();
-        if (!skips) release(shared.v_empty(v_stage));
-        scale_o(scale);
-        if (leader) wait_bulk_read<0>();
-        sync_named(ALONE + group, WARPGROUP);
-        store_o(item);
-        if constexpr (BEGINS_EARLY) wgmma_wait<0>();
-        if constexpr (Config::BAND) repair_o(item);
-    }
-
-    DEVICE Item<Config> next_item(const Ring<ITEM_STAGES>& ring) const {
-        wait_for(shared.item_full(ring.stage), ring.parity);
-        return Item<Config>(params, shared.item(ring.stage));
-    }
-
     DEVICE void run() {
         if (group == Config::CONSUMERS - 1) pass_turn();  // to consumer 0
-        Ring<ITEM_STAGES> ring;
-        Item<Config> item = next_item(ring);
-        TileRange tiles = own_tiles(item);
-        Scores s;
-        if constexpr (BEGINS_EARLY) {
-            begin(item, tiles, s);
-            wgmma_wait<0>();
-        }
-#pragma unroll 1
-        while (item.exists()) {
-            if constexpr (!BEGINS_EARLY) {
-                begin(item, tiles, s);
-                wgmma_wait<0>();
-            }
+        follow_items<Config>(params, shared, [&](const Item<Config>& item) {
             softmax = {};
 #pragma unroll
             for (int n = 0; n < DIM_BLOCKS_V; ++n) o[0][n] = {};
-            walk_keys(item, tiles, s);
-            const int stage = ring.stage;
-            ring.advance();
-            const Item<Config> next = next_item(ring);
-            const TileRange next_tiles = own_tiles(next);
-            end(item, tiles, next, next_tiles, s);
-            release_by_warp(shared.item_empty(stage));
-            item = next;
-            tiles = next_tiles;
-        }
+            const TileRange tiles = item.tiles_of(item.first_row + group * ROWS, ROWS);
+            skip_tiles(tiles.end, item.tiles.end);
+            walk_keys(item, tiles);
+            float scale[1][2], lse[1][2];
+            softmax.finish(scale, lse);
+            store_lse(item, lse);
+            wgmma_wait<0>();
+            release(shared.v_empty(v_ring.stage));
+            v_ring.advance();
+            if constexpr (Config::BAND) skip_tiles(item.recomputed_begin(), tiles.begin);
+            scale_o(scale);
+            if (leader) wait_bulk_read<0>();
+            sync_named(ALONE + group, WARPGROUP);
+            store_o(item);
+            if constexpr (Config::BAND) repair_o(item);
+        });
         if (group == 0) take_turn();  // that the last consumer has passed
         if (leader) wait_bulk<0>();
     }

@@ -21,9 +21,6 @@ struct Ring {
             parity ^= 1;
         }
     }
-    DEVICE int stage_before() const {
-        return (stage == 0 ? STAGES : stage) - 1;
-    }
 };
 
 // What an item is, as it stands in shared memory.
@@ -42,14 +39,14 @@ constexpr int ITEM_STAGES = 2;
 // TILE_M rows of one head, and the tiles of keys that they see.
 template <class Config>
 struct Item {
-    const AttentionParams* params;
-    uint32 words;  // address of its ItemWords
-    int32 first_row;
+    const AttentionParams& params;
+    const uint32 words;  // address of its ItemWords
+    const int32 first_row;
     Score<Config, float> score;
     TileRange tiles;
 
     DEVICE Item(const AttentionParams& params, uint32 words)
-        : params(&params),
+        : params(params),
           words(words),
           first_row(load_shared<int32>(words)),
           score(params, index()) {
@@ -89,9 +86,9 @@ struct Item {
     // rows which see nothing, too, have a tile, all of it masked, and rows beyond the last one have
     // one that this last row sees.
     DEVICE TileRange tiles_of(int32 first, int32 rows) const {
-        const int32 last = min(first + rows, params->seqlen_q) - 1;
+        const int32 last = min(first + rows, params.seqlen_q) - 1;
         TileRange range = visible_tiles(score.band, min(first, last), last, Config::TILE_N,
-                                        params->seqlen_k);
+                                        params.seqlen_k);
         if (range.end <= range.begin || last < first) range.end = range.begin + 1;
         return range;
     }
@@ -99,7 +96,7 @@ struct Item {
     // Whether `rows` rows from `first` on see all keys of a tile, and all of these exist.
     DEVICE bool all_see(int32 first, int32 rows, int32 tile) const {
         const int32 key = tile * Config::TILE_N, last_key = key + Config::TILE_N - 1;
-        return last_key < params->seqlen_k &&
+        return last_key < params.seqlen_k &&
                (!Config::BAND || (key >= first + rows - 1 + score.band.low &&
                                   last_key <= first + score.band.high));
     }

@@ -118,8 +118,6 @@ class HopperForwardPlan(HopperPlan):
 
     Attributes
     ----------
-    q_stages
-        Of q; with two, an item begins under the end of the one before.
     o_over_q
         Whether o leaves by way of q's place in shared memory, or by a place of its own.
     ahead
@@ -137,7 +135,6 @@ class HopperForwardPlan(HopperPlan):
 
     persistent: ClassVar[bool] = True
 
-    q_stages: int
     o_over_q: bool
     ahead: int
     optimistic: bool
@@ -156,14 +153,14 @@ class HopperForwardPlan(HopperPlan):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: the stages of q, k and v, o; barriers, items."""
+        """Dynamic shared memory: q, the stages of k and v, o; barriers, items."""
         q, o = (self.tile_bytes(self.tile_m, n) for n in (self.head_dim, self.head_dim_v))
         k, v = (self.tile_bytes(self.tile_n, n) for n in (self.head_dim, self.head_dim_v))
-        barriers = ceil_div(6 + 2 * self.q_stages + 4 * self.stages, 2) * 2 * BARRIER_BYTES
+        barriers = ceil_div(8 + 4 * self.stages, 2) * 2 * BARRIER_BYTES
         items = 2 * 2 * CHUNK_BYTES
         return (
             SWIZZLE_ALIGNMENT
-            + (max(q, o) if self.o_over_q else self.q_stages * q + o)
+            + (max(q, o) if self.o_over_q else q + o)
             + self.stages * (k + v)
             + barriers
             + items
@@ -264,7 +261,7 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
     producer_registers, consumer_registers = REGISTERS[row.consumers]
     dynamic = "tickets" in tensors
 
-    def plan(q_stages: int, o_over_q: bool) -> HopperForwardPlan:
+    def plan(o_over_q: bool) -> HopperForwardPlan:
         return HopperForwardPlan(
             element=problem.dtype.name,
             access_bytes=WIDEST_ACCESS,
@@ -276,7 +273,6 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             stages=row.stages,
             blocks_per_sm=1,
             **options,
-            q_stages=q_stages,
             o_over_q=o_over_q,
             ahead=row.ahead,
             optimistic=row.optimistic,
@@ -286,8 +282,8 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             dynamic=dynamic,
         )
 
-    plans = plan(2, False), plan(1, False), plan(1, True)
-    return next(plan for plan in plans if plan.shared_bytes <= card.shared_bytes)
+    apart = plan(o_over_q=False)
+    return apart if apart.shared_bytes <= card.shared_bytes else plan(o_over_q=True)
 
 
 def lengths() -> tuple[tuple[int, int], ...]:
