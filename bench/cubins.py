@@ -25,7 +25,7 @@ HOPPER = {"compute_capability": (9, 0), "shared_bytes": 227 << 10}
 HOPPER |= {"multiprocessors": 132, "hopper": True}
 
 #: wgmma that the compiler makes wait for each other, and register counts that it ignores.
-BAD_WARNINGS = re.compile(r"C75(?:08|1[0-4])")
+BAD_WARNINGS = re.compile(r"C75(?:08|1[0-4]|20)")
 
 
 def submodule(version: ModuleType, name: str) -> Any:

@@ -48,11 +48,11 @@
 // bounds them.
 //
 // Non-finite values, see nonfinite.cuh: the inspectors look for those of K, and, in tiles of which
-// some query does not see some key, by their row terms, for those of Q and dO (with a softcap, which
-// hides them, the consumers look through Q). Those of K spoil dQ, those of Q and dO dK and dV: the
-// block computes them anew at its end (hopper_backward_pairs.cuh), of dQ, which adds up with that of
-// other blocks, nothing having been added before. Missing queries and keys need no inspection: TMA
-// fills up with zeros.
+// some query does not see some key, by their row terms, for those of Q and dO (with a softcap,
+// which hides them, the consumers look through Q). Those of K spoil dQ, those of Q and dO dK and
+// dV: the block computes them anew at its end (hopper_backward_pairs.cuh), of dQ, which adds up
+// with that of other blocks, nothing having been added before. Missing queries and keys need no
+// inspection: TMA fills up with zeros.
 #include "hopper_backward_gradients.cuh"
 
 // One row of the table in flash_cupy/cuda/hopper_backward.py.

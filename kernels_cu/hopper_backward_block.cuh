@@ -325,9 +325,9 @@ struct BackwardBlock {
         }
     }
 
-    // One thread: all loads but that of the first K. K comes before the first Q and V with the first
-    // dO, or, if they go on to registers, with K: those of a whole head while the tile before is
-    // computed.
+    // One thread: all loads but that of the first K. K comes before the first Q and V with the
+    // first dO, or, if they go on to registers, with K: those of a whole head while the tile before
+    // is computed.
     DEVICE void produce() const {
         const HeadIndex keys = key_head();
         for_each_key_tile([&](const BackwardBlock& block, Progress done) {
@@ -444,9 +444,9 @@ struct BackwardBlock {
         }
         return spoilt;
     }
-    // A query's numbers that times 0 are NaN. Those of dO show in D; those of q make lse NaN, unless
-    // all that the query sees is -inf, or a softcap hides them: then consumers look. One that sees
-    // nothing, so that lse is infinite, too, must not have NaN in dQ.
+    // A query's numbers that times 0 are NaN. Those of dO show in D; those of q make lse NaN,
+    // unless all that the query sees is -inf, or a softcap hides them: then consumers look. One that
+    // sees nothing, so that lse is infinite, too, must not have NaN in dQ.
     DEVICE uint32 look_at_query(int32 head, int32 query) const {
         const float* const terms = row_terms(head) + query / 2 * 4 + query % 2;
         const uint32 lse = bit_cast<uint32>(terms[0]), dot = bit_cast<uint32>(terms[2]);
@@ -517,8 +517,8 @@ struct BackwardBlock {
         }
     }
 
-    // One warp for each consumer of a WIDE kernel, which adds dQ itself: says so, as that takes long,
-    // of every step where others wait for it, and in the end.
+    // One warp for each consumer of a WIDE kernel, which adds dQ itself: says so in its place, as
+    // that takes long, of every step where others wait for it, and in the end.
     DEVICE void pass_turns(int consumer) const {
         arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
         wait_for_inspectors();

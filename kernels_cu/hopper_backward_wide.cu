@@ -14,7 +14,9 @@
 //                                                           |   wait dV, release dO
 //   warps   inspectors   ================ inspected ======> |   issue dK^T += Q^T dS
 //   1 to 3  (BAND only)  dq_sum, in global memory <======== |   wait dQ, add it
-//                                                           |   wait dK, release Q
+//   warps   one for each consumer: tells  <=== DQ_FULL ==== |   wait dK, release Q
+//   from 1  other blocks what is added    ==== DQ_EMPTY ==> | (in turns in every step, and at the
+//           (pass_turns)                                    | end)
 //
 // To add dQ takes as long as all products of a step, or longer. Where there are registers for it
 // (AHEAD), it goes on behind everything else. A consumer then has two parts of dQ, of 64 dims each:

@@ -17,7 +17,7 @@
 //              (TMA)         <======== q_empty ======= |   wait K(j); issue S(j)
 //                          K, V ==== k_full, v_full => |   wait V(j+1); issue O += P(j+1) V(j+1)
 //                          STAGES of each              |   wait S(j), release K(j)
-//                            <=== k_empty, v_empty === |   mask, P(j), top (or release K here)
+//                            <=== k_empty, v_empty === |   mask, P(j), top (OPTIMISTIC: K(j) here)
 //   warps 1-3  inspectors    <======== v_empty ======= |   wait O, release V(j+1)
 //              (BAND only)                             |   P(j) to 16 bits; O *= rescale
 //                          the item == inspected ====> | after the last step
@@ -28,16 +28,16 @@
 // What a consumer does between S and its next product is what the tensor cores wait for. So it
 // does not wait for the largest score: P of the first blocks of keys (AHEAD) is computed as if none
 // were larger than before, while the largest is found, and `top` raised only if that is larger by
-// 2^SLACK. OPTIMISTIC steps, of full tiles, do not even look for it: where sums of P turn out to be
-// large, S is computed once more, by mma.sync, and `top` raised. That is rare, as scores of tiles
-// are alike; with ALiBi they are not. As each warp may do that by itself, each releases K and Q for
-// itself.
+// more than SLACK powers of 2. OPTIMISTIC steps, of full tiles, do not even look for it: where sums
+// of P turn out to be large, S is computed once more, by mma.sync, and `top` raised. That is rare,
+// as scores of tiles are alike (with ALiBi they are not, and a softcap would have to be applied
+// again). As each warp may do that by itself, each releases K and Q for itself.
 //
-// All of these are mbarriers, one for each stage or one for Q. Named barriers let the consumers
-// take turns: only one of them issues products at a time, so that its softmax runs while the others
-// multiply. The producer fetches the next item's Q, K and V as soon as their places are
-// free: K and V during the present item, Q after its last S, or, where O goes out by way of Q's
-// place (O_OVER_Q), after that.
+// All of these are mbarriers, one for each stage. Named barriers let the consumers take turns: only
+// one of them issues products at a time, so that its softmax runs while the others multiply. The
+// producer fetches the next item's Q, K and V as soon as their places are free: K and V during the
+// present item; Q, too, if it has two places (Q_STAGES), else after the present item's last S, or,
+// where O goes out by way of Q's place (O_OVER_Q), after that.
 //
 // The inspectors look for non-finite values of V, see nonfinite.cuh, in tiles of which some row
 // does not see some key. Where they find any, the item's O is spoilt: the consumers compute it anew
@@ -57,10 +57,11 @@ struct Config {
     static constexpr int TILE_N = PLAN_TILE_N;            // keys of a step
     static constexpr int HEAD_DIM = PLAN_HEAD_DIM;        // of q and k, filled up with zeros
     static constexpr int HEAD_DIM_V = PLAN_HEAD_DIM_V;    // of v and o
+    static constexpr int Q_STAGES = PLAN_Q_STAGES;
     static constexpr int STAGES = PLAN_STAGES;            // of K and of V
     static constexpr bool O_OVER_Q = PLAN_O_OVER_Q;
-    static constexpr int AHEAD = PLAN_AHEAD;               // blocks of 16 keys
-    static constexpr bool OPTIMISTIC = PLAN_OPTIMISTIC;
+    static constexpr int AHEAD = PLAN_AHEAD;             // blocks of 16 keys, see above
+    static constexpr bool OPTIMISTIC = PLAN_OPTIMISTIC;  // full tiles, see above
     static constexpr int PRODUCER_REGISTERS = PLAN_PRODUCER_REGISTERS;
     static constexpr int CONSUMER_REGISTERS = PLAN_CONSUMER_REGISTERS;
     static constexpr int L2_BYTES = PLAN_L2_BYTES;  // of K and V that blocks read at a time
@@ -108,7 +109,7 @@ struct Consumer {
     const bool leader;  // the one thread of the warpgroup that signals and starts copies
 
     Ring<Config::STAGES> k_ring, v_ring;
-    Ring<1> q_ring;
+    Ring<Config::Q_STAGES> q_ring;
 
     // Of an item.
     Accumulator<float> o[1][DIM_BLOCKS_V];
@@ -146,7 +147,7 @@ struct Consumer {
 
     // S = Q K^T
     DEVICE void multiply_q_k(Scores& s) const {
-        const auto q = shared.q();
+        const auto q = shared.q(q_ring.stage);
         const auto k = shared.k(k_ring.stage);
 #pragma unroll
         for (int d = 0; d < Config::HEAD_DIM; d += 16) {
@@ -200,7 +201,27 @@ struct Consumer {
         }
     }
 
-    // S to P, still as floats. Returns whether `top` has been raised for some row of the warp: then
+    template <bool PARTIAL>
+    DEVICE void modify_and_mask(Scores& s, const Item<Config>& item, int32 tile) const {
+        // Which leaves no register to ask all_see.
+        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
+        if constexpr (MODIFIES) modify(s, item, tile);
+        if (PARTIAL &&
+            (MODIFIES || !item.all_see(item.first_row + group * ROWS, ROWS, tile))) {
+            mask(s, item, tile);
+        }
+    }
+
+    // S of an item's first tile to P, still as floats: there is no `top` yet.
+    DEVICE void exponentiate_first(Scores& s, const Item<Config>& item, int32 tile) {
+        const float factor = item.score.factor;
+        modify_and_mask<true>(s, item, tile);
+        Rescale rescale;  // of an O that is zero yet
+        softmax.raise_top(s, factor, rescale);
+        sum_exponentials(s, softmax.sum, factor);
+    }
+
+    // S of another tile to P. Returns whether `top` has been raised for some row of the warp: then
     // O, which is without this P yet, is to be multiplied by `rescale`.
     //
     // Warps raise it alone: nothing in that branch may belong to the whole group, nor change what
@@ -208,14 +229,8 @@ struct Consumer {
     template <bool PARTIAL>
     DEVICE bool exponentiate(Scores& s, Ahead& ahead, Rescale& rescale, const Item<Config>& item,
                              int32 tile) {
-        // Leaves no register to ask all_see.
-        constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
-        if constexpr (MODIFIES) modify(s, item, tile);
-        if (PARTIAL &&
-            (MODIFIES || !item.all_see(item.first_row + group * ROWS, ROWS, tile))) {
-            mask(s, item, tile);
-        }
         const float factor = item.score.factor;
+        modify_and_mask<PARTIAL>(s, item, tile);
         look_ahead(s, ahead, factor);
         const bool raised = softmax.outgrown(s, factor, SLACK);
         if (raised) {
@@ -245,7 +260,7 @@ struct Consumer {
     DEVICE bool exponentiate_optimistically(Scores& s, Rescale& rescale, float factor) {
         float added[1][2];
         sum_exponentials(s, added, factor);
-        const bool raised = softmax.exceeds(added, 1 << SLACK);
+        const bool raised = softmax.sums_outgrown(added, SLACK);
         if (raised) {
             multiply_q_k_again(s);
             softmax.raise_top(s, factor, rescale);
@@ -265,7 +280,7 @@ struct Consumer {
     }
     // S anew, by each warp for itself, while products of the group run.
     DEVICE void multiply_q_k_again(Scores& s) const {
-        const auto q = shared.q();
+        const auto q = shared.q(q_ring.stage);
         const auto k = shared.k(k_ring.stage);
         // Not the member, from which ptxas would prepare addresses in every step.
         const int32 row = (recompute_from(threadIdx.x) - WARPGROUP) / WARP * 16;
@@ -307,7 +322,6 @@ struct Consumer {
     // The rightmost tile of keys. There is nothing to multiply with V yet.
     DEVICE void first_step(const Item<Config>& item, int32 tile) {
         Scores s;
-        Ahead ahead;
         wait_for(shared.k_full(k_ring.stage), k_ring.parity);
         take_turn();
         wgmma_fence();
@@ -315,9 +329,8 @@ struct Consumer {
         pass_turn();
         wgmma_wait<0>();
         release_k();
-        Rescale rescale;  // O is zero yet
-        exponentiate<true>(s, ahead, rescale, item, tile);
-        keep_p<Config::AHEAD>(s, ahead);
+        exponentiate_first(s, item, tile);
+        keep_p<0>(s, {});
     }
 
     // One tile of keys, while the one to its right meets V. Where no row of the item has a mask in
@@ -371,8 +384,7 @@ struct Consumer {
 
     // All steps of `tiles`, but for the end of the last product.
     DEVICE void walk_keys(const Item<Config>& item, const TileRange& tiles) {
-        wait_for(shared.q_full(), q_ring.parity);
-        q_ring.advance();
+        wait_for(shared.q_full(q_ring.stage), q_ring.parity);
         // Not in a uniform register, of which the products' addresses need many.
         int32 tile = recompute_from(tiles.end - 1);
         first_step(item, tile--);
@@ -392,15 +404,15 @@ struct Consumer {
 #pragma unroll 1
             for (; tile >= tiles.begin; --tile) step<true>(item, tile);
         }
-        if constexpr (!Config::O_OVER_Q) release_by_warp(shared.q_empty());
+        if constexpr (!Config::O_OVER_Q) release_by_warp(shared.q_empty(q_ring.stage));
+        q_ring.advance();
         wait_for(shared.v_full(v_ring.stage), v_ring.parity);
         wgmma_fence();
         multiply_p_v();
     }
 
     DEVICE void store_lse(const Item<Config>& item, const float (&lse)[1][2]) const {
-        const HeadIndex index = item.index();
-        float* const data = head_data<float>(params.lse, index, index.head);
+        float* const data = load_shared<float*>(item.lse());
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int32 i = item.first_row + row + Accumulator<float>::row(2 * r);
@@ -435,7 +447,7 @@ struct Consumer {
         commit_bulk();
         if constexpr (Config::O_OVER_Q) {
             wait_bulk_read<0>();
-            arrive_at(shared.q_empty());
+            arrive_at(shared.q_empty(0));
         }
     }
 

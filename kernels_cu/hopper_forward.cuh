@@ -17,6 +17,7 @@
 template <class Config>
 struct SharedMemory {
     using T = typename Config::Element;
+    static constexpr int Q_STAGES = Config::Q_STAGES;
     static constexpr int STAGES = Config::STAGES;
     using QTile = SwizzledTile<T, Config::TILE_M, Config::HEAD_DIM>;
     using KTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM>;
@@ -25,14 +26,13 @@ struct SharedMemory {
 
     static constexpr int Q_BYTES =
         Config::O_OVER_Q && OTile::BYTES > QTile::BYTES ? OTile::BYTES : QTile::BYTES;
-    static constexpr int K_OFFSET = Q_BYTES;
+    static constexpr int K_OFFSET = Q_STAGES * Q_BYTES;
     static constexpr int V_OFFSET = K_OFFSET + STAGES * KTile::BYTES;
     static constexpr int O_OFFSET = Config::O_OVER_Q ? 0 : V_OFFSET + STAGES * VTile::BYTES;
     static constexpr int BARRIERS_OFFSET =
         V_OFFSET + STAGES * VTile::BYTES + (Config::O_OVER_Q ? 0 : OTile::BYTES);
-    static constexpr int BARRIERS = 2 + 3 * ITEM_STAGES + 4 * STAGES;
+    static constexpr int BARRIERS = 2 * Q_STAGES + 3 * ITEM_STAGES + 4 * STAGES;
     static constexpr int ITEMS_OFFSET = BARRIERS_OFFSET + ceil_div(BARRIERS, 2) * CHUNK_BYTES;
-    static constexpr int ITEM_BYTES = sizeof(ItemWords);
     static constexpr int BYTES = ITEMS_OFFSET + ITEM_STAGES * ITEM_BYTES;
     static_assert(SWIZZLE_ALIGNMENT - CHUNK_BYTES + BYTES <= Config::SHARED_BYTES);
 
@@ -40,8 +40,8 @@ struct SharedMemory {
 
     DEVICE SharedMemory() : base(swizzle_aligned(shared_address(dynamic_shared_memory()))) {}
 
-    DEVICE QTile q() const {
-        return {base};
+    DEVICE QTile q(int stage) const {
+        return {base + stage * Q_BYTES};
     }
     DEVICE KTile k(int stage) const {
         return {base + K_OFFSET + stage * KTile::BYTES};
@@ -53,20 +53,20 @@ struct SharedMemory {
         return {base + O_OFFSET};
     }
 
-    DEVICE uint32 q_full() const {
-        return barrier(0);
+    DEVICE uint32 q_full(int stage) const {
+        return barrier(stage);
     }
-    DEVICE uint32 q_empty() const {
-        return barrier(1);
+    DEVICE uint32 q_empty(int stage) const {
+        return barrier(Q_STAGES + stage);
     }
     DEVICE uint32 item_full(int stage) const {
-        return barrier(2 + stage);
+        return barrier(2 * Q_STAGES + stage);
     }
     DEVICE uint32 item_empty(int stage) const {
-        return barrier(2 + ITEM_STAGES + stage);
+        return barrier(2 * Q_STAGES + ITEM_STAGES + stage);
     }
     DEVICE uint32 inspected(int stage) const {  // of an item
-        return barrier(2 + 2 * ITEM_STAGES + stage);
+        return barrier(2 * Q_STAGES + 2 * ITEM_STAGES + stage);
     }
     DEVICE uint32 k_full(int stage) const {
         return tile_barrier(0, stage);
@@ -84,8 +84,11 @@ struct SharedMemory {
         return base + ITEMS_OFFSET + stage * ITEM_BYTES;
     }
     DEVICE void init_barriers() const {
-        init_barrier(q_full(), 1);
-        init_barrier(q_empty(), (Config::O_OVER_Q ? 1 : 4) * Config::CONSUMERS);
+#pragma unroll
+        for (int stage = 0; stage < Q_STAGES; ++stage) {
+            init_barrier(q_full(stage), 1);
+            init_barrier(q_empty(stage), (Config::O_OVER_Q ? 1 : 4) * Config::CONSUMERS);
+        }
 #pragma unroll
         for (int stage = 0; stage < ITEM_STAGES; ++stage) {
             init_barrier(item_full(stage), 1);
@@ -107,7 +110,7 @@ private:
         return base + BARRIERS_OFFSET + index * BARRIER_BYTES;
     }
     DEVICE uint32 tile_barrier(int kind, int stage) const {
-        return barrier(2 + 3 * ITEM_STAGES + kind * STAGES + stage);
+        return barrier(2 * Q_STAGES + 3 * ITEM_STAGES + kind * STAGES + stage);
     }
 };
 
@@ -127,10 +130,18 @@ template <class Config>
 DEVICE void produce(const AttentionParams& params, const ForwardMaps& maps) {
     const SharedMemory<Config> shared;
     Ring<Config::STAGES> ring;
-    Ring<1> q_ring;
+    Ring<Config::Q_STAGES> q_ring;
     hand_out_items<Config>(params, shared, [&](const Item<Config>& item) {
         const HeadIndex index = item.index();
         const int32 kv_head = index.head / params.group;
+        const auto load_q = [&] {
+            wait_for(shared.q_empty(q_ring.stage), q_ring.parity ^ 1);
+            load_tile(shared.q(q_ring.stage), &maps.q, index, index.head, item.first_row,
+                      shared.q_full(q_ring.stage));
+            q_ring.advance();
+        };
+        // Before the first keys, or, as a single place may be free later than theirs, behind them.
+        if constexpr (Config::Q_STAGES > 1) load_q();
         for_each_tile(item, [&](int32 tile) {
             const int stage = ring.stage;
             wait_for(shared.k_empty(stage), ring.parity ^ 1);
@@ -140,13 +151,7 @@ DEVICE void produce(const AttentionParams& params, const ForwardMaps& maps) {
             load_tile(shared.v(stage), &maps.v, index, kv_head, tile * Config::TILE_N,
                       shared.v_full(stage));
             ring.advance();
-            // After the first keys: Q's place may be free later than theirs.
-            if (tile == item.tiles.end - 1) {
-                wait_for(shared.q_empty(), q_ring.parity ^ 1);
-                load_tile(shared.q(), &maps.q, index, index.head, item.first_row,
-                          shared.q_full());
-                q_ring.advance();
-            }
+            if (Config::Q_STAGES == 1 && tile == item.tiles.end - 1) load_q();
         });
     });
 }

@@ -19,7 +19,7 @@ struct PairOutput {
     DEVICE PairOutput(const AttentionParams& params, const HeadIndex& head)
         : params(params), head(head), score(params, head) {}
 
-    // Of the rows first..last - 1 those that exist, by a warpgroup, a warp a row. Their lse is there.
+    // Of the rows first..last - 1 those that exist, by a warpgroup, a warp a row; their lse is there.
     DEVICE void store(int32 first, int32 last) const {
         const float* const lse = head_data<const float>(params.lse, head, head.head);
         T* const o = head_data<T>(params.o, head, head.head);

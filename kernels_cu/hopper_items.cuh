@@ -33,6 +33,8 @@ struct alignas(CHUNK_BYTES) ItemWords {
 };
 static_assert(sizeof(ItemWords) == 2 * CHUNK_BYTES);
 constexpr int PHASE_OFFSET = 24, SPOILT_OFFSET = 28;  // of the last words, bytes
+constexpr int LSE_OFFSET = sizeof(ItemWords);         // behind them, where the head's lse begin
+constexpr int ITEM_BYTES = LSE_OFFSET + CHUNK_BYTES;
 constexpr int32 NO_ITEM = -1;
 constexpr int ITEM_STAGES = 2;
 
@@ -74,6 +76,9 @@ struct Item {
     // Where the inspectors say so.
     DEVICE uint32 spoilt() const {
         return words + SPOILT_OFFSET;
+    }
+    DEVICE uint32 lse() const {
+        return words + LSE_OFFSET;
     }
     DEVICE int stage() const {
         return load_shared<uint32>(words + PHASE_OFFSET) / 2;
@@ -184,6 +189,11 @@ DEVICE void hand_out_items(const AttentionParams& params, const Shared& shared, 
         const auto chunks = bit_cast<Chunks>(words);
         store_shared(address, chunks.chunk[0]);
         store_shared(address + CHUNK_BYTES, chunks.chunk[1]);
+        if (more) {  // for the consumers, in whose way it would be
+            const Item<Config> item(params, address);
+            const HeadIndex index = item.index();
+            store_shared(item.lse(), head_data<float>(params.lse, index, index.head));
+        }
         arrive_at(shared.item_full(ring.stage));
         if (more) task(Item<Config>(params, address));
     }

@@ -54,8 +54,9 @@ struct OnlineSoftmax {
     }
 
     // Whether an exponent of some row of the warp is larger than its `top` by more than `slack`.
-    // Where none is, `top` may stay: P is up to 2^slack then, which costs no accuracy. (Not for
-    // types whose at_most_1 takes P to be at most 1.)
+    // Where none is, `top` may stay: P is up to 2^slack then. In 16 bits that costs some percent of
+    // accuracy, as the largest P of a row is not 1 and so is rounded, too. (Not for types whose
+    // at_most_1 takes P to be at most 1.)
     template <int KEY_BLOCKS>
     DEVICE bool outgrown(const Accumulator<Real> (&s)[ROW_BLOCKS][KEY_BLOCKS], Real factor,
                          Real slack) const {
@@ -70,9 +71,10 @@ struct OnlineSoftmax {
         return __any_sync(0xffffffff, found);
     }
 
-    // The same by sums of P over this lane's columns: whether one exceeds `limit`, or a row has
-    // seen nothing before, so that its P says nothing. (NaN is what it is with any `top`.)
-    DEVICE bool exceeds(const Real (&added)[ROW_BLOCKS][2], Real limit) const {
+    // The same by sums of P over this lane's columns: whether one is larger than 2^slack, or a row
+    // has seen nothing before, so that its P says nothing. (NaN is what it is with any `top`.)
+    DEVICE bool sums_outgrown(const Real (&added)[ROW_BLOCKS][2], int slack) const {
+        const Real limit = 1 << slack;
         bool found = false;
 #pragma unroll
         for (int m = 0; m < ROW_BLOCKS; ++m) {

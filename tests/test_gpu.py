@@ -112,10 +112,14 @@ def test_lengths_masks_and_grouped_heads(
     assert_exact(case, results, gpu)
 
 
+#: Lengths and head dims with which the forward pass finds large scores in different ways.
+LONG_ROWS = [(500, 64), (2100, 64), (2100, 128), (700, 256)]
+
+
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("growth", GROWTHS)
-@pytest.mark.parametrize(("seqlen", "head_dim"), [(500, 64), (2100, 64), (2100, 128), (700, 256)])
+@pytest.mark.parametrize(("seqlen", "head_dim"), LONG_ROWS)
 def test_scores_that_grow(
     gpu: Engine, seqlen: int, head_dim: int, growth: float, causal: bool, dtype: np.dtype
 ) -> None:
@@ -126,7 +130,7 @@ def test_scores_that_grow(
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("what", NONFINITE)
-@pytest.mark.parametrize(("seqlen", "head_dim"), [(500, 64), (2100, 64), (2100, 128), (700, 256)])
+@pytest.mark.parametrize(("seqlen", "head_dim"), LONG_ROWS)
 def test_nonfinite_scores_of_long_rows(
     gpu: Engine, seqlen: int, head_dim: int, what: str, causal: bool, dtype: np.dtype
 ) -> None:
@@ -302,23 +306,34 @@ def test_cuda_graph(deterministic: bool, seqlen: int) -> None:
             np.testing.assert_allclose(x, y, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("heads, seqlen", [(2, 517), (66, 500)])  # of tiles of keys, whole heads
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_thousand_equal_results(dtype: np.dtype, heads: int, seqlen: int) -> None:
+#: dtype, heads, length, head dim, causal: blocks of tiles of keys, and of whole heads; then more
+#: heads than have places where dQ adds up.
+REPEATED = [(x, *shape, 64, True) for x in DTYPES for shape in ((2, 517), (66, 500))]
+REPEATED += [(BFLOAT16, 50, 1030, 64, False), (BFLOAT16, 50, 1030, 64, True)]
+REPEATED += [(BFLOAT16, 50, 1030, 128, False), (BFLOAT16, 50, 1030, 128, True)]
+REPEATED += [(BFLOAT16, 30, 1030, 256, False), (BFLOAT16, 30, 1030, 256, True)]
+
+
+@pytest.mark.parametrize(("dtype", "heads", "seqlen", "head_dim", "causal"), REPEATED, ids=str)
+def test_a_thousand_equal_results(
+    dtype: np.dtype, heads: int, seqlen: int, head_dim: int, causal: bool
+) -> None:
     """Forward and deterministic backward, while another stream keeps the GPU busy."""
     import cupy
 
-    q, k, v, do = (_random((2, heads, seqlen, 64), dtype, seed) for seed in range(4))
-    o, lse = flash_cupy.attention_forward(q, k, v, causal=True)
-    first = flash_cupy.attention_backward(do, q, k, v, o, lse, causal=True, deterministic=True)
+    q, k, v, do = (_random((2, heads, seqlen, head_dim), dtype, seed) for seed in range(4))
+    options = {"causal": causal}
+    o, lse = flash_cupy.attention_forward(q, k, v, **options)
+    options["deterministic"] = True
+    first = flash_cupy.attention_backward(do, q, k, v, o, lse, **options)
     load = cupy.cuda.Stream(non_blocking=True)
     busy = cupy.ones((2048, 2048), np.float32)
     different = cupy.zeros((), np.int64)
     for _ in range(1000):
         with load:
             busy @ busy
-        again = flash_cupy.attention_backward(do, q, k, v, o, lse, causal=True, deterministic=True)
-        different += (flash_cupy.attention(q, k, v, causal=True) != o).sum()
+        again = flash_cupy.attention_backward(do, q, k, v, o, lse, **options)
+        different += (flash_cupy.attention(q, k, v, causal=causal) != o).sum()
         for x, y in zip(again, first, strict=True):
             different += (x != y).sum()
     assert int(different) == 0

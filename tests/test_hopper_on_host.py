@@ -325,6 +325,7 @@ def few_places(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
         assert places < hopper_backward.key_head_count(problem)
         return places
 
+    monkeypatch.setattr(hopper_backward, "SECTION_TILES", 2)
     monkeypatch.setattr(hopper_backward, "SHORT_SECTION_TILES", 2)
     monkeypatch.setattr(hopper_backward, "dq_places", checked)
     forget_plans()

@@ -118,13 +118,15 @@ class HopperForwardPlan(HopperPlan):
 
     Attributes
     ----------
+    q_stages
+        Of q; with two, that of the next item comes during the present one.
     o_over_q
         Whether o leaves by way of q's place in shared memory, or by a place of its own.
     ahead
         Blocks of 16 keys whose exponentials are computed while the largest score is found.
     optimistic
-        Whether full steps look for large sums of exponentials instead of large scores, and start
-        again where they find one.
+        Whether steps of full tiles look for large sums of exponentials instead of large scores,
+        and compute the scores a second time where they find one.
     producer_registers, consumer_registers
         Of a thread of the first warpgroup, and of the others.
     l2_bytes
@@ -135,6 +137,7 @@ class HopperForwardPlan(HopperPlan):
 
     persistent: ClassVar[bool] = True
 
+    q_stages: int
     o_over_q: bool
     ahead: int
     optimistic: bool
@@ -153,14 +156,14 @@ class HopperForwardPlan(HopperPlan):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: q, the stages of k and v, o; barriers, items."""
+        """Dynamic shared memory: the stages of q, k and v, o; barriers, items."""
         q, o = (self.tile_bytes(self.tile_m, n) for n in (self.head_dim, self.head_dim_v))
         k, v = (self.tile_bytes(self.tile_n, n) for n in (self.head_dim, self.head_dim_v))
-        barriers = ceil_div(8 + 4 * self.stages, 2) * 2 * BARRIER_BYTES
-        items = 2 * 2 * CHUNK_BYTES
+        barriers = ceil_div(6 + 2 * self.q_stages + 4 * self.stages, 2) * 2 * BARRIER_BYTES
+        items = 2 * 3 * CHUNK_BYTES
         return (
             SWIZZLE_ALIGNMENT
-            + (max(q, o) if self.o_over_q else q + o)
+            + (max(q, o) if self.o_over_q else self.q_stages * q + o)
             + self.stages * (k + v)
             + barriers
             + items
@@ -181,8 +184,9 @@ class ForwardTiles(NamedTuple):
 
     tile_n: int
     consumers: int
-    stages: int = 2
-    ahead: int = 1
+    stages: int = 2  # of k and v
+    q_stages: int = 1
+    ahead: int = 1  # these two as in the plan
     optimistic: bool = False
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
@@ -201,25 +205,29 @@ class ForwardTiles(NamedTuple):
         )
 
 
-#: What optimistic rows have in common: scores that are computed again are not modified again.
+#: What optimistic rows have in common: scores that are computed again are not modified again, and
+#: in masked steps, which are few, exponentials ahead gain nothing.
 _OPTIMISTIC: dict[str, Any] = {"optimistic": True, "ahead": 0, "modified": False}
+
+#: What rows of four consumers have in common.
+_FOUR: dict[str, Any] = {"stages": 6, "q_stages": 2, "l2_bytes": 16 << 20}
 
 #: By the largest head dims (of q and k, of v and o); of each list the first row that suits.
 FORWARD_TILES: dict[tuple[int, int], list[ForwardTiles]] = {
     (64, 64): [
-        ForwardTiles(128, 3, stages=3, **_OPTIMISTIC, band=False, most_waste=0.1),
-        ForwardTiles(64, 4, stages=6, **_OPTIMISTIC, band=False, most_waste=0.25),
-        ForwardTiles(64, 4, stages=6, **_OPTIMISTIC, min_seqlen=1280, l2_bytes=16 << 20),
-        ForwardTiles(64, 4, stages=6, ahead=0, modified=False, most_waste=0.25, l2_bytes=16 << 20),
+        ForwardTiles(128, 3, stages=3, **_OPTIMISTIC, band=False, most_waste=0.02),
+        ForwardTiles(64, 4, **_FOUR, **_OPTIMISTIC, band=False, most_waste=0.25),
+        ForwardTiles(64, 4, **_FOUR, **_OPTIMISTIC, min_seqlen=1280),
+        ForwardTiles(64, 4, **_FOUR, ahead=0, modified=False, most_waste=0.25),
         ForwardTiles(128, 3, stages=3, **_OPTIMISTIC, band=False),
         ForwardTiles(128, 2, modified=False),
         ForwardTiles(96, 3, l2_bytes=16 << 20),
     ],
-    (96, 96): [ForwardTiles(128, 2)],
+    (96, 96): [ForwardTiles(128, 2, q_stages=2)],
     (128, 128): [
         ForwardTiles(160, 2, **_OPTIMISTIC, band=False, min_seqlen=2048),
         ForwardTiles(160, 2, modified=False, min_seqlen=4096),
-        ForwardTiles(128, 2),
+        ForwardTiles(128, 2, q_stages=2),
     ],
     (192, 128): [
         ForwardTiles(128, 2, modified=False, l2_bytes=16 << 20),
@@ -261,7 +269,7 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
     producer_registers, consumer_registers = REGISTERS[row.consumers]
     dynamic = "tickets" in tensors
 
-    def plan(o_over_q: bool) -> HopperForwardPlan:
+    def plan(q_stages: int, o_over_q: bool) -> HopperForwardPlan:
         return HopperForwardPlan(
             element=problem.dtype.name,
             access_bytes=WIDEST_ACCESS,
@@ -273,6 +281,7 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             stages=row.stages,
             blocks_per_sm=1,
             **options,
+            q_stages=q_stages,
             o_over_q=o_over_q,
             ahead=row.ahead,
             optimistic=row.optimistic,
@@ -282,8 +291,8 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             dynamic=dynamic,
         )
 
-    apart = plan(o_over_q=False)
-    return apart if apart.shared_bytes <= card.shared_bytes else plan(o_over_q=True)
+    apart = plan(row.q_stages, False)
+    return apart if apart.shared_bytes <= card.shared_bytes else plan(1, True)
 
 
 def lengths() -> tuple[tuple[int, int], ...]:
