@@ -4,8 +4,9 @@
 loads them from the cache that the first has left. Both make the calls of `FIRST_CALLS` in turn.
 
 **Calls.** The CPU time of a call is that of a loop of calls of a small problem, whose kernels take
-less time than their launches, so that the GPU never keeps Python waiting. Beside it stands the same
-loop of the bare launches of the same kernels with the same parameters.
+less time than their launches, so that the GPU never keeps Python waiting. Beside it stand the same
+loop of bare launches: of the same kernels with the same parameters, by CuPy (`cupy.RawKernel`), and
+as flash_cupy launches them (`flash_cupy.cuda.driver`).
 
 ``python bench/attention.py --preset overheads`` measures both. Run by itself this file makes the
 first calls in its own process, on arrays of the module that it is given, and prints as JSON what
@@ -34,8 +35,9 @@ from report import align
 from timing import Call
 
 import flash_cupy
-from flash_cupy import cuda
-from flash_cupy.cuda.launch import Gpu
+from flash_cupy.cuda import launch as launching
+from flash_cupy.cuda.driver import PreparedLaunch
+from flash_cupy.cuda.launch import Gpu, Work
 
 Row: TypeAlias = dict[str, Any]
 
@@ -162,38 +164,47 @@ def call_overheads(xp: Any) -> list[Row]:
     """Return the microseconds of a call, and of the bare launches of its kernels, by pass."""
     rows = []
     for name, call in passes("bfloat16", 128, True, xp):
-        launches = launches_of(call)
-
-        def bare(launches: Sequence[Call] = launches) -> None:
-            for launch in launches:
-                launch()
-
-        call()
-        times = microseconds({"call": call, "launches": bare}, waiter(xp))
+        by_cupy, prepared = launches_of(call)
+        loops = {"call": call, "launches": one_by_one(by_cupy), "prepared": one_by_one(prepared)}
+        times = microseconds(loops, waiter(xp))
         over = times["call"] - times["launches"]
-        rows.append({"pass": name, "kernels": len(launches), **times, "over": over})
+        rows.append({"pass": name, "kernels": len(prepared), **times, "over": over})
     return rows
 
 
-def launches_of(call: Call) -> list[Call]:
-    """Return the launches of a call, to be repeated without all that is around them."""
+def one_by_one(launches: Sequence[Call]) -> Call:
+    """Return all launches as one call."""
+
+    def launch_all() -> None:
+        for launch in launches:
+            launch()
+
+    return launch_all
+
+
+def launches_of(call: Call) -> tuple[list[Call], list[Call]]:
+    """Return the launches of a call, to be repeated without all that is around them.
+
+    By CuPy, and as the call makes them.
+    """
+    by_cupy: list[Call] = []
     launches: list[Call] = []
-    load = Gpu.load
+    prepare = launching.prepare
 
-    def noting(gpu: Gpu, kernel: str, plan: Any) -> Call:
-        loaded = load(gpu, kernel, plan)
+    def noting(work: Work, stream: int, *addresses: int) -> tuple[PreparedLaunch, ...]:
+        prepared = prepare(work, stream, *addresses)
+        for launch, ready in zip(work.launches, prepared, strict=True):
+            # As plain bytes: CuPy would spell out a structured dtype in every launch.
+            args = tuple(x.view((np.void, x.nbytes)) for x in ready.arguments)
+            plan = launch.plan
+            geometry = (launch.blocks,), (plan.threads,), args
+            by_cupy.append(partial(launch.kernel, *geometry, shared_mem=plan.shared_bytes))
+            launches.append(ready)
+        return prepared
 
-        def noted(*args: Any, **options: Any) -> None:
-            launches.append(partial(loaded, *args, **options))
-            loaded(*args, **options)
-
-        return noted
-
-    with replaced(Gpu, "load", noting):
-        cuda.gpu_engine.cache_clear()  # the engine that is there has its kernels already
+    with replaced(launching, "prepare", noting):
         call()
-    cuda.gpu_engine.cache_clear()
-    return launches
+    return by_cupy, launches
 
 
 def microseconds(calls: dict[str, Call], wait: Callable[[], None]) -> dict[str, float]:
@@ -231,9 +242,9 @@ def overheads_table(figures: dict[str, list[Row]]) -> str:
             slowest = max(times["kernels"].values(), default=0)
             line += [f"{times['seconds']:.3f}", f"{slowest:.3f}"]
         first.append(line)
-    calls = [["pass", "kernels", "call, µs", "bare launches, µs", "over, µs"]]
+    calls = [["pass", "kernels", "call, µs", "bare by CuPy, µs", "over, µs", "as launched, µs"]]
     for row in figures["calls"]:
-        taken = (f"{row[key]:.1f}" for key in ("call", "launches", "over"))
+        taken = (f"{row[key]:.1f}" for key in ("call", "launches", "over", "prepared"))
         calls.append([row["pass"], str(row["kernels"]), *taken])
     return (
         f"First calls, in processes of their own\n{align(first)}\n\n"

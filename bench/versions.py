@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--directions", choices=DIRECTIONS, nargs="+", default=DIRECTIONS[:2])
     add("--batch", type=int, help="default: what makes 16k tokens")
     add("--heads", type=int, help="default: what makes 2048 features")
+    add("--head-dim-v", type=int, help="features of v and o (default: the head dim)")
     add("--seconds", type=float, default=0.3, help="to time one version in one cell (0.3)")
     add("--cubins", type=Path, metavar="FOLDER", help="to keep kernels compiled for Hopper")
     args = options.parse_args(argv)
@@ -131,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuple(args.directions),
         batch=args.batch,
         heads=args.heads,
+        head_dim_v=args.head_dim_v,
     )
     if args.cubins is not None:
         args.cubins.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@
 // Lower case: mbarriers, one for each stage; upper case: named barriers. dQ takes the dS of both
 // consumers. As it is computed a step late, they need not be in step: while one computes
 // exponentials, the other multiplies. Where EARLY_EXPONENTIALS is not set, P is computed behind
-// both products, with dS, and the product for dV may be issued before dS is stored (DV_FIRST). A
+// both products, with dS, and the product for dV may be issued before dS is stored (DV_FIRST); that
+// for dK may be issued before dV is waited for (DK_EARLY). A
 // consumer of whose keys no query of the step sees any stores zeros for dS and computes dQ alone.
 //
 // WHOLE_HEAD: there are no writers, as a consumer adds its part of dQ to words of its own, and no
@@ -74,9 +75,11 @@ struct Config {
     // is too rare to pay for the branch.
     static constexpr bool SKIPS_PRODUCTS = BAND && TILE_M == 64;
     static constexpr bool CONSUMERS_DIFFER = false;  // have code of their own
-    // Who lets bulk additions see dQ in shared memory, which takes some 250 clocks: the writers, or
-    // the consumers, which are faster so in the order that 80 queries a step make them take.
-    static constexpr bool WRITERS_FENCE = TILE_M != 80;
+    // Whether the writers let bulk additions see dQ in shared memory, or the consumers. It takes
+    // some 250 clocks.
+    static constexpr bool WRITERS_FENCE = PLAN_WRITERS_FENCE;
+    // Whether a consumer takes a step for partial by its own keys, or by all of the block.
+    static constexpr bool OWN_MASKS = PLAN_OWN_MASKS;
     static constexpr bool WIDE = false;
     static constexpr bool EARLY_EXPONENTIALS = PLAN_EARLY_EXPONENTIALS;  // before the wait for dP
     static constexpr int HEAD_ROWS = PLAN_HEAD_ROWS;  // most queries of a block with a whole head
@@ -122,6 +125,8 @@ struct Consumer : GradientConsumer<Config> {
     // Whether a step's product for dV is issued before dS is stored, or behind that.
     static constexpr bool DV_FIRST =
         !Config::EARLY_EXPONENTIALS && Config::HEAD_DIM > 64 && TILE_M == 64;
+    // Whether its product for dK is issued before that for dV is waited for, or behind that.
+    static constexpr bool DK_EARLY = Config::BAND && TILE_M == 64;
 
     // Operands that stay in registers where there is room for them: products then read less shared
     // memory, which is what bounds them. This consumer's rows of K and V, and its dims of K^T.
@@ -245,6 +250,13 @@ struct Consumer : GradientConsumer<Config> {
         }
     }
 
+    // Whether some query of a tile does not see some key, this consumer's or any, or one of them
+    // does not exist.
+    DEVICE bool is_partial(int32 tile) const {
+        if constexpr (!Config::OWN_MASKS) return block.is_partial(tile);
+        return block.is_partial(tile, block.first_key + first_row(), 64);
+    }
+
     // Of two neighbouring queries, 8i after the lane's first: lse, or D at `offset`.
     DEVICE Two load_terms(int stage, int i, int offset) const {
         constexpr int SIZE = sizeof(typename Block::Terms);
@@ -340,7 +352,7 @@ struct Consumer : GradientConsumer<Config> {
     // From S and dP to P and dS, rounded. The exponentials while the product for dP runs:
     DEVICE void exponentiate_early(Scores& s, Scores& dp, Weights& p, Weights& ds,
                                    const Step& step) const {
-        const bool partial = block.is_partial(step.tile);
+        const bool partial = is_partial(step.tile);
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
         wgmma_wait<Config::SOFTCAP ? 0 : 1>();
@@ -353,7 +365,7 @@ struct Consumer : GradientConsumer<Config> {
         differentiate(s, dp, dot, step);
         // P = 0 does not suffice where V or D is not finite. (Whether a step is partial takes a
         // register between the two masks.)
-        if (block.is_partial(recompute_from(step.tile))) mask(dp, step, 0);
+        if (is_partial(recompute_from(step.tile))) mask(dp, step, 0);
         round(ds, dp);
     }
 
@@ -362,13 +374,19 @@ struct Consumer : GradientConsumer<Config> {
     DEVICE void exponentiate_late(Scores& s, Scores& dp, Weights& p, Weights& ds,
                                   const Step& step) const {
         constexpr bool MODIFIES = Score<Config, float>::MODIFIES;
-        const bool partial = block.is_partial(step.tile);
+        const bool partial = is_partial(step.tile);
         Terms lse, dot;
         load_early(lse, step.stage(), 0);
+        // Behind the modification where it makes -inf finite, or brings NaN of S to dP. Where few
+        // steps are partial, S while dP is on its way.
+        constexpr bool S_FIRST = !Config::BAND && !MODIFIES;
+        if constexpr (S_FIRST) {
+            wgmma_wait<1>();
+            if (partial) mask(s, step, -infinity<float>());
+        }
         wgmma_wait<0>();
-        // Behind the modification where it makes -inf finite, or brings NaN of S to dP.
         if (partial) {
-            if (!MODIFIES) mask(s, step, -infinity<float>());
+            if (!S_FIRST && !MODIFIES) mask(s, step, -infinity<float>());
             if (!Config::SOFTCAP) mask(dp, step, 0);
         }
         exponentiate(s, dp, lse, step);
@@ -418,9 +436,10 @@ struct Consumer : GradientConsumer<Config> {
         add_weighted_rows(dv, p, block.do_tile(stage));
         if constexpr (DV_FIRST) pass_ds(ds, step);
         multiply_late_dq(dq, step.index - 1);
-        wgmma_wait<1>();
+        if constexpr (DK_EARLY) add_weighted_rows(dk, ds, block.q_tile(stage));
+        wgmma_wait<DK_EARLY ? 2 : 1>();
         release(Block::DO_EMPTY + stage);
-        add_weighted_rows(dk, ds, block.q_tile(stage));
+        if constexpr (!DK_EARLY) add_weighted_rows(dk, ds, block.q_tile(stage));
         wgmma_wait<1>();
         release(Block::DS_EMPTY + (stage ^ 1));
         if (!step.first) pass_dq(dq, tile_before(step));

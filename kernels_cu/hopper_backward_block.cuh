@@ -26,7 +26,8 @@ template <class Config>
 struct BackwardBlock {
     using T = typename Config::Element;
     static constexpr int CONSUMERS = Config::CONSUMERS;
-    static_assert(Config::WIDE || CONSUMERS == 2, "warps 2 and 3 are the writers");
+    static_assert(Config::WIDE ? CONSUMERS <= 3 : CONSUMERS == 2,
+                  "warps from 1 on pass turns, or 2 and 3 are the writers");
     static constexpr int STAGES = Config::STAGES;
 
     using KTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM>;
@@ -305,9 +306,13 @@ struct BackwardBlock {
 
     // Whether some query of a tile does not see some key of the block, or one does not exist.
     DEVICE bool is_partial(int32 tile) const {
+        return is_partial(tile, first_key, Config::TILE_N);
+    }
+    // The same of some of the block's keys.
+    DEVICE bool is_partial(int32 tile, int32 first_key, int32 keys) const {
         const int32 first_query = tile * Config::TILE_M;
         const int32 last_query = first_query + Config::TILE_M - 1;
-        const int32 last_key = first_key + Config::TILE_N - 1;
+        const int32 last_key = first_key + keys - 1;
         return last_query >= params.seqlen_q || last_key >= params.seqlen_k ||
                (Config::BAND && (first_key < last_query + params.band_low ||
                                  last_key > first_query + params.band_high));
@@ -345,6 +350,7 @@ struct BackwardBlock {
         wait_for(barrier(Q_EMPTY + step.stage()), step.parity() ^ 1);
         arrive_expecting(barrier(q_full), QTile::BYTES + TERMS_BYTES);
         load(q_tile(step.stage()), maps.q, index, row, q_full);
+        wait_for_prerequisites();  // row terms
         load_bulk(terms(step.stage()), row_terms(step.head) + 2 * row, TERMS_BYTES,
                   barrier(q_full));
         wait_for(barrier(DO_EMPTY + step.stage()), step.parity() ^ 1);
@@ -517,11 +523,14 @@ struct BackwardBlock {
         }
     }
 
-    // One warp for each consumer of a WIDE kernel, which adds dQ itself: says so in its place, as
-    // that takes long, of every step where others wait for it, and in the end.
+    // One warp for each consumer of a WIDE kernel. The consumer adds dQ by itself, and tells the
+    // warp (DQ_FULL), which passes the turn in its place, as that takes long: of every step in a
+    // fixed order, and in the end that of the head.
     DEVICE void pass_turns(int consumer) const {
+        __syncwarp();
         arrive_named(DQ_EMPTY + consumer, DQ_THREADS);
         wait_for_inspectors();
+        __syncwarp();
         if (is_set(DQ_SPOILT)) return;
         const auto pass = [&](int32* counter) {
             sync_named(DQ_FULL + consumer, DQ_THREADS);
@@ -549,6 +558,7 @@ struct BackwardBlock {
             if (threadIdx.x == 0) produce();
             return;
         }
+        wait_for_prerequisites();  // row terms, and zeros to add to
         if constexpr (Config::BAND) {
             for_each_key_tile([&](const BackwardBlock& block, Progress done) {
                 return block.inspect(warp - 1, done);

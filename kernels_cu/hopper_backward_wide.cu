@@ -339,7 +339,7 @@ struct Consumer : BackwardConsumer<Config> {
         const int stage = step.stage();
         compute_weights(s, step);
         add_late(LATE_WITH_DS, PIECES);
-        if (late_sums) end_turn();
+        if (!step.first) end_turn();
 
         DqPart dq;
         wgmma_fence();
@@ -434,7 +434,7 @@ struct Consumer : BackwardConsumer<Config> {
             commit_bulk();
             wait_bulk_read<0>();
         }
-        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);  // the last arrival
+        sync_named(Block::DQ_EMPTY + index, Block::DQ_THREADS);  // the last arrival of pass_turns
         return done;
     }
 };

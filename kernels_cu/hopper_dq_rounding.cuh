@@ -95,8 +95,9 @@ struct DqRounding {
     DEVICE int32* rounded(uint32 key_head) const {
         return added(key_head) + params.dq_counts.row;
     }
-    // Until a head's place is free.
+    // Until a head's place is free, and has zeros.
     DEVICE void wait_for_place(uint32 key_head) const {
+        wait_for_prerequisites();
         if (key_head < params.dq_heads) return;
         wait_for_turn(rounded(key_head - params.dq_heads), key_tiles());
     }
@@ -134,6 +135,7 @@ struct DqRounding {
         }
         fence_async_shared();
         __syncthreads();
+        wait_for_prerequisites();  // zero counts
         const uint32 piece = role.piece + threadIdx.x / WARP;
         const uint32 number = role.share + piece / role.pieces;
         if (number < key_heads() * key_tiles()) {

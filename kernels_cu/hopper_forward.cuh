@@ -12,13 +12,14 @@
 #include "hopper_items.cuh"
 #include "nonfinite.cuh"
 
-// A block's shared memory: q, STAGES of k, STAGES of v, o unless it takes q's place; mbarriers;
-// items.
+// A block's shared memory: Q_STAGES of q, STAGES of k, STAGES of v, o unless it takes q's place;
+// mbarriers; items.
 template <class Config>
 struct SharedMemory {
     using T = typename Config::Element;
     static constexpr int Q_STAGES = Config::Q_STAGES;
     static constexpr int STAGES = Config::STAGES;
+    static_assert(!Config::O_OVER_Q || Q_STAGES == 1, "o leaves by way of the only place of q");
     using QTile = SwizzledTile<T, Config::TILE_M, Config::HEAD_DIM>;
     using KTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM>;
     using VTile = SwizzledTile<T, Config::TILE_N, Config::HEAD_DIM_V>;

@@ -33,10 +33,22 @@ struct alignas(CHUNK_BYTES) ItemWords {
 };
 static_assert(sizeof(ItemWords) == 2 * CHUNK_BYTES);
 constexpr int PHASE_OFFSET = 24, SPOILT_OFFSET = 28;  // of the last words, bytes
-constexpr int LSE_OFFSET = sizeof(ItemWords);         // behind them, where the head's lse begin
+constexpr int LSE_OFFSET = sizeof(ItemWords);  // behind them: the address of the head's lse
 constexpr int ITEM_BYTES = LSE_OFFSET + CHUNK_BYTES;
 constexpr int32 NO_ITEM = -1;
 constexpr int ITEM_STAGES = 2;
+
+// The head of the item whose words begin there.
+DEVICE HeadIndex index_of(uint32 words) {
+    const Chunk first = load_shared<Chunk>(words), second = load_shared<Chunk>(words + CHUNK_BYTES);
+    HeadIndex index;
+    index.head = first.words[1];
+    index.batch[0] = first.words[2];
+    index.batch[1] = first.words[3];
+    index.batch[2] = second.words[0];
+    index.batch[3] = second.words[1];
+    return index;
+}
 
 // TILE_M rows of one head, and the tiles of keys that they see.
 template <class Config>
@@ -62,15 +74,7 @@ struct Item {
     }
     // Read where it is needed: registers are short.
     DEVICE HeadIndex index() const {
-        const Chunk first = load_shared<Chunk>(words);
-        const Chunk second = load_shared<Chunk>(words + CHUNK_BYTES);
-        HeadIndex index;
-        index.head = first.words[1];
-        index.batch[0] = first.words[2];
-        index.batch[1] = first.words[3];
-        index.batch[2] = second.words[0];
-        index.batch[3] = second.words[1];
-        return index;
+        return index_of(words);
     }
 
     // Where the inspectors say so.
@@ -162,6 +166,7 @@ private:
     // backwards: the blocks that have the last items of a round have the first of the next.
     DEVICE uint32 later_item() const {
         if constexpr (Config::DYNAMIC) {
+            wait_for_prerequisites();  // zero tickets
             return gridDim.x + atomicAdd(static_cast<uint32*>(params.tickets.data), 1u);
         } else {
             const uint32 place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
@@ -190,9 +195,8 @@ DEVICE void hand_out_items(const AttentionParams& params, const Shared& shared, 
         store_shared(address, chunks.chunk[0]);
         store_shared(address + CHUNK_BYTES, chunks.chunk[1]);
         if (more) {  // for the consumers, in whose way it would be
-            const Item<Config> item(params, address);
-            const HeadIndex index = item.index();
-            store_shared(item.lse(), head_data<float>(params.lse, index, index.head));
+            const HeadIndex index = index_of(address);
+            store_shared(address + LSE_OFFSET, head_data<float>(params.lse, index, index.head));
         }
         arrive_at(shared.item_full(ring.stage));
         if (more) task(Item<Config>(params, address));

@@ -156,6 +156,7 @@ DEVICE void clear_turns(const AttentionParams& params, uint32 head, int32 tile) 
 // One block for every TILE_M rows of every head.
 extern "C" __global__ void __launch_bounds__(Config::THREADS)
     hopper_row_dots(const __grid_constant__ AttentionParams params) {
+    launch_dependents();
     const uint32 tiles = ceil_div(params.seqlen_q, Config::TILE_M);
     const uint32 number = blockIdx.x / tiles;  // of the head
     const int32 tile = blockIdx.x % tiles;

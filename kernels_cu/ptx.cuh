@@ -224,6 +224,21 @@ DEVICE uint32 shift_left(uint32 x, uint32 count) {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Kernels that overlap (sm_90; "programmatic dependent launch")
+
+// Lets the kernel behind this one start, if it was launched so, once all blocks of this one have
+// called this or ended.
+DEVICE void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Until the kernel ahead of this one has ended, if this one was launched to overlap with it: all
+// that it has written is visible to this grid then.
+DEVICE void wait_for_prerequisites() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// ---------------------------------------------------------------------------------------------
 // Sums in global memory
 
 // As many floats as add_global adds with one instruction.

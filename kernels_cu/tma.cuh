@@ -105,8 +105,9 @@ DEVICE void wait_bulk() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// This thread's ordinary stores to shared memory come before asynchronous reads of what another
-// thread (after a barrier) or this one starts next: copies and matrix products.
+// Ordinary stores to shared memory, this thread's and what it knows of by barriers, come before
+// asynchronous accesses that this thread starts next, or others behind a barrier: copies and matrix
+// products.
 DEVICE void fence_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -7,8 +7,9 @@
 #pragma once
 #include "types.cuh"
 
-// Until the counter has reached `turn`. What other threads did before pass_turn is visible then,
-// also to bulk copies and additions that this thread starts afterwards.
+// Until the counter has reached `turn`. What was done before pass_turn, or by the copies and
+// additions of pass_turn_of_bulk, is visible then, also to bulk copies and additions that this
+// thread starts afterwards.
 DEVICE void wait_for_turn(const int32* counter, int32 turn) {
     int32 reached;
     do {
@@ -29,7 +30,8 @@ DEVICE void pass_turn(int32* counter) {
 
 // The same after nothing but this thread's bulk copies and additions, which have been waited for
 // (wait_bulk). They are in L2 by then, where all multiprocessors meet them, so there is nothing to
-// wait for any more.
+// wait for any more. CUDA's memory model does not promise that a relaxed addition makes them
+// visible to others: it is how Hopper works.
 DEVICE void pass_turn_of_bulk(int32* counter) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
                  : "memory");

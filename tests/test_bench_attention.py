@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import accuracy
 import attention
@@ -26,8 +26,8 @@ import timing
 from cells import DIRECTIONS, PRESETS, VARIANTS, Cell, Grid
 
 import flash_cupy
-from flash_cupy import cuda
 from flash_cupy.cuda.launch import Gpu
+from flash_cupy.cuda.params import ATTENTION_PARAMS
 
 CELL = Cell(batch=2, heads=3, seqlen=50, head_dim=8, mask="full", dtype="float32", direction="both")
 
@@ -690,37 +690,54 @@ def test_slug() -> None:
 # --------------------------------------------------------------------------------------- overheads
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Kernels that note their launches; `launch_two` is a call that launches two of them."""
-    launched: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(
-        Gpu, "load", lambda self, kernel, plan: lambda *args, **options: launched.append(args)
-    )
-    yield launched
-    cuda.gpu_engine.cache_clear()
+def test_launches_are_repeated_bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By CuPy's kernels with plain bytes, and as they are prepared."""
+    made: list[Any] = []
+    kernels = [partial(made.append, n) for n in range(2)]
+
+    def fake_kernel(grid: Any, block: Any, args: Any, *, shared_mem: int) -> None:
+        made.append((grid, block, [(x.dtype.kind, x.nbytes) for x in args], shared_mem))
+
+    plan = SimpleNamespace(threads=64, shared_bytes=5)
+    launch = SimpleNamespace(kernel=fake_kernel, blocks=3, plan=plan)
+    params = np.zeros(1, ATTENTION_PARAMS)
+
+    def prepare(work: Any, stream: int, *addresses: int) -> tuple[Any, ...]:
+        return tuple(PreparedNote(kernel, (params,)) for kernel in kernels)
+
+    monkeypatch.setattr(overheads.launching, "prepare", prepare)
+
+    def call() -> None:
+        work = SimpleNamespace(launches=(launch, launch))
+        for ready in overheads.launching.prepare(work, 0):
+            ready()
+
+    by_cupy, prepared = overheads.launches_of(call)
+    assert made == [0, 1]
+    overheads.one_by_one(by_cupy)()
+    assert made[2:] == [((3,), (64,), [("V", params.nbytes)], 5)] * 2
+    overheads.one_by_one(prepared)()
+    assert made[4:] == [0, 1]
+    call()
+    assert len(by_cupy) == len(prepared) == 2  # no longer noted
 
 
-def launch_two() -> None:
-    machine = cuda.gpu_engine().machine
-    for number, kernel in enumerate(("row_dots", "store_dq")):
-        machine.load(kernel, None)((number,), (32,), ("params",), shared_mem=0)
+class PreparedNote(NamedTuple):
+    """What a `PreparedLaunch` is to those who repeat it."""
+
+    launch: Callable[[], None]
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        self.launch()
 
 
-def test_launches_are_repeated_bare(kernels: list[tuple[Any, ...]]) -> None:
-    launches = overheads.launches_of(launch_two)
-    assert len(launches) == 2 and len(kernels) == 2
-    for launch in launches:
-        launch()
-    assert kernels[2:] == kernels[:2] == [((0,), (32,), ("params",)), ((1,), (32,), ("params",))]
-    launch_two()
-    assert len(launches) == 2  # no longer noted
-
-
-def test_loads_are_timed(kernels: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gpu, "load", lambda self, kernel, plan: kernel)
     load = Gpu.load
     with overheads.timed_loads() as seconds:
-        launch_two()
+        for kernel in ("row_dots", "store_dq"):
+            Gpu().load(kernel, None)
     assert list(seconds) == ["row_dots", "store_dq"] and min(seconds.values()) >= 0
     assert Gpu.load is load
 

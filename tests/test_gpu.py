@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -306,26 +308,69 @@ def test_cuda_graph(deterministic: bool, seqlen: int) -> None:
             np.testing.assert_allclose(x, y, rtol=0, atol=0.02)
 
 
-#: dtype, heads, length, head dim, causal: blocks of tiles of keys, and of whole heads; then more
-#: heads than have places where dQ adds up.
-REPEATED = [(x, *shape, 64, True) for x in DTYPES for shape in ((2, 517), (66, 500))]
-REPEATED += [(BFLOAT16, 50, 1030, 64, False), (BFLOAT16, 50, 1030, 64, True)]
-REPEATED += [(BFLOAT16, 50, 1030, 128, False), (BFLOAT16, 50, 1030, 128, True)]
-REPEATED += [(BFLOAT16, 30, 1030, 256, False), (BFLOAT16, 30, 1030, 256, True)]
+def test_the_first_use_of_a_thread() -> None:
+    """It may be a launch: here all memory is there before."""
+    q = _random((4, 100, 64), FLOAT16)
+    expected = flash_cupy.attention_forward(q, q, q)
+    results = tuple(x * 0 for x in expected)
+    thread = threading.Thread(target=partial(flash_cupy.attention_forward, q, q, q, out=results))
+    thread.start()
+    thread.join()
+    for x, y in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(x.get(), y.get())
 
 
-@pytest.mark.parametrize(("dtype", "heads", "seqlen", "head_dim", "causal"), REPEATED, ids=str)
-def test_a_thousand_equal_results(
-    dtype: np.dtype, heads: int, seqlen: int, head_dim: int, causal: bool
-) -> None:
+class Repeated(NamedTuple):
+    """A call that is made a thousand times."""
+
+    heads: int
+    seqlen: int
+    head_dim: int
+    options: dict[str, Any]
+    dtype: np.dtype = BFLOAT16
+    head_dim_v: int | None = None  # default: head_dim
+    group: int = 1
+    spoilt: bool = False  # the last key, of which most queries must get to know nothing
+
+    def arrays(self) -> list[Any]:
+        """q, k, v and do."""
+        kv_heads, dim_v = self.heads // self.group, self.head_dim_v or self.head_dim
+        shapes = [(self.heads, self.head_dim), (kv_heads, self.head_dim)]
+        shapes += [(kv_heads, dim_v), (self.heads, dim_v)]
+        arrays = [
+            _random((2, heads, self.seqlen, dim), self.dtype, seed)
+            for seed, (heads, dim) in enumerate(shapes)
+        ]
+        if self.spoilt:
+            arrays[1][..., -1, :] = float("nan")
+        return arrays
+
+
+FULL: dict[str, Any] = {}
+CAUSAL = {"causal": True}
+
+#: Blocks of tiles of keys, and of whole heads; then more heads than have places where dQ adds up.
+REPEATED = [Repeated(*x, 64, CAUSAL, dtype) for dtype in DTYPES for x in ((2, 517), (66, 500))]
+REPEATED += [Repeated(50, 1030, dim, x) for dim in (64, 128) for x in (FULL, CAUSAL)]
+REPEATED += [Repeated(30, 1030, 256, x) for x in (FULL, CAUSAL, CAUSAL | {"softcap": 5.0})]
+REPEATED += [Repeated(30, 1030, 192, x, head_dim_v=128) for x in (FULL, CAUSAL)]
+REPEATED += [Repeated(100, 1030, 128, x, group=4) for x in (FULL, CAUSAL)]
+REPEATED += [Repeated(n, 1030, dim, CAUSAL, spoilt=True) for n, dim in ((50, 128), (30, 256))]
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_a_thousand_equal_results(case: Repeated) -> None:
     """Forward and deterministic backward, while another stream keeps the GPU busy."""
     import cupy
 
-    q, k, v, do = (_random((2, heads, seqlen, head_dim), dtype, seed) for seed in range(4))
-    options = {"causal": causal}
-    o, lse = flash_cupy.attention_forward(q, k, v, **options)
-    options["deterministic"] = True
+    def bits(x: Any) -> Any:
+        return x.view(f"u{x.itemsize}")  # NaN equals itself so
+
+    q, k, v, do = case.arrays()
+    o, lse = flash_cupy.attention_forward(q, k, v, **case.options)
+    options = case.options | {"deterministic": True}
     first = flash_cupy.attention_backward(do, q, k, v, o, lse, **options)
+    assert bool(cupy.isnan(first[0][..., :-1, :]).any()) is False
     load = cupy.cuda.Stream(non_blocking=True)
     busy = cupy.ones((2048, 2048), np.float32)
     different = cupy.zeros((), np.int64)
@@ -333,9 +378,9 @@ def test_a_thousand_equal_results(
         with load:
             busy @ busy
         again = flash_cupy.attention_backward(do, q, k, v, o, lse, **options)
-        different += (flash_cupy.attention(q, k, v, causal=causal) != o).sum()
+        different += (bits(flash_cupy.attention(q, k, v, **case.options)) != bits(o)).sum()
         for x, y in zip(again, first, strict=True):
-            different += (x != y).sum()
+            different += (bits(x) != bits(y)).sum()
     assert int(different) == 0
 
 

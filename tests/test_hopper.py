@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,10 @@ from cubins import BAD_WARNINGS
 from strategies import BFLOAT16, FLOAT16, FLOAT32
 
 from flash_cupy.arrays import address
-from flash_cupy.cuda import force_family, hopper, hopper_backward, tensor_maps
+from flash_cupy.cuda import driver, force_family, hopper, hopper_backward, tensor_maps
 from flash_cupy.cuda.compiler import compile_cubin, kernel_folder
 from flash_cupy.cuda.engine import Call, choose_family, make_launch, make_work
-from flash_cupy.cuda.launch import Work, gpu_arguments
-from flash_cupy.cuda.params import ATTENTION_PARAMS
+from flash_cupy.cuda.launch import Work, prepare
 from flash_cupy.cuda.plan import Card, KernelPlan
 from flash_cupy.cuda.tensor_maps import MAP_BYTES, BoxMap
 from flash_cupy.cuda.tensors import Layout, alignment
@@ -56,8 +56,8 @@ class FakeMachine:
     def card(self) -> Card:
         return self._card
 
-    def load(self, kernel: str, plan: KernelPlan) -> str:
-        return kernel
+    def load(self, kernel: str, plan: KernelPlan) -> Any:
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=0))
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -200,69 +200,6 @@ def test_which_calls_have_blocks_for_whole_heads(
     else:
         assert list(plans) == ["hopper_row_dots", "hopper_backward"]
         assert list(workspace) == ["row_dots", "dq_sum", "dq_counts", *["dq_turns"] * deterministic]
-
-
-def role(block: int, shares: int, warps: int, counts: dict[str, int]) -> tuple[bool, list[Any]]:
-    """The share that a block computes, or (share, piece) that it rounds: `DqRounding::role`."""
-    lag, pieces = counts["dq_lag"], counts["dq_pieces"]
-    periods = (shares - lag) // warps
-    if block < lag:
-        return True, [block]
-    period, place = divmod(block - lag, warps + 1)
-    if period < periods:
-        first = period * warps
-        return (
-            (True, [lag + first + place])
-            if place < warps
-            else (False, [(first + warp, 0) for warp in range(warps)])
-        )
-    rest = block - lag - periods * (warps + 1)
-    if rest < shares - lag - periods * warps:
-        return True, [lag + periods * warps + rest]
-    first = (rest - (shares - lag - periods * warps)) * warps
-    rounded = (divmod(piece, pieces) for piece in range(first, first + warps))
-    return False, [
-        (periods * warps + n, piece) for n, piece in rounded if periods * warps + n < shares
-    ]
-
-
-def share_place(share: int, tiles: int, heads: int, section: int) -> int:
-    """The head of `nth_head_tile` in kernels_cu/head_tiles.cuh."""
-    first = share // (section * tiles) * section
-    return first + (share - first * tiles) % min(section, heads - first)
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [128, 192, 256])
-def test_no_block_waits_for_a_later_one(head_dim: int, causal: bool, multiprocessors: int) -> None:
-    """Shares are computed, and rounded once, when complete; places are free when they are used."""
-    card = HOPPER._replace(multiprocessors=multiprocessors)
-    for heads, seqlen in itertools.product((1, 7, 40, 130), (1, 150, 700, 3000)):
-        call = many_heads_call(heads, seqlen, head_dim, causal=causal)
-        shapes = hopper_backward.workspace(card, call.problem, False, False)
-        tensors = {"dq_sum": np.broadcast_to(np.float32(), shapes["dq_sum"])}
-        plan = hopper_backward.choose_plan(card, call.problem, False, False)
-        blocks, counts = plan.schedule(call.problem, tensors)
-        tiles, places = -(-seqlen // plan.tile_n), counts["dq_heads"]
-        shares = heads * tiles
-        added, freed = [0] * heads, [0] * heads
-        computed, rounded = [], []
-        for block in range(blocks):
-            computes, work = role(block, shares, plan.warps, counts)
-            numbers = work if computes else [number for number, _ in work]
-            for number in numbers:
-                head = share_place(number, tiles, heads, counts["section"])
-                if computes:
-                    assert head < places or freed[head - places] == tiles
-                    added[head] += 1
-                else:
-                    assert added[head] == tiles
-                    freed[head] += 1
-            (computed if computes else rounded).extend(work)
-        assert computed == list(range(shares))
-        assert len(rounded) == len(set(rounded))
-        assert {number for number, _ in rounded} == set(range(shares))
 
 
 @pytest.mark.slow
@@ -433,7 +370,7 @@ def test_maps_are_in_the_order_of_the_struct() -> None:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[BoxMap]:
-    """The maps that the GPU is asked to encode: here each becomes its number."""
+    """The maps that the driver is asked to encode: here each becomes its number."""
     maps: list[BoxMap] = []
 
     def encode(box_map: BoxMap) -> bytes:
@@ -441,20 +378,23 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[BoxMap]:
         return bytes([len(maps)]) * MAP_BYTES
 
     monkeypatch.setattr(tensor_maps, "encode", encode)
+    monkeypatch.setattr(driver, "lets_launches_overlap", lambda: True)
     return maps
 
 
-def test_arguments_are_encoded_once_for_the_same_addresses(encoded: list[BoxMap]) -> None:
+def test_launches_are_prepared_once_for_the_same_addresses(encoded: list[BoxMap]) -> None:
     launch = make_launch("hopper_forward", simple_call(100, 64, 64), FakeMachine(HOPPER))
     assert launch.tensors == ("q", "k", "v", "o", "lse")
-    work = Work((launch,), (), zeroed=False)
-    ((params, maps),) = gpu_arguments(work, 16, 32, 48, 64, 80)
-    assert params.view(ATTENTION_PARAMS)["v"]["data"] == 48
+    work, stream = Work((launch,), ()), 7
+    (prepared,) = prepare(work, stream, 16, 32, 48, 64, 80)
+    params, maps = prepared.arguments
+    assert params["v"]["data"] == 48
     assert maps.tobytes() == b"".join(bytes([i]) * MAP_BYTES for i in (1, 2, 3, 4))
     assert [box_map.address for box_map in encoded] == [16, 32, 48, 64]
-    assert gpu_arguments(work, 16, 32, 48, 64, 80)[0][1] is maps
-    gpu_arguments(work, 16, 32, 48, 96, 80)
-    assert len(encoded) == 8
+    assert prepare(work, stream, 16, 32, 48, 64, 80) == (prepared,)
+    prepare(work, stream, 16, 32, 48, 96, 80)
+    prepare(work, stream + 1, 16, 32, 48, 64, 80)
+    assert len(encoded) == 12
 
 
 def backward_work(deterministic: bool) -> Work:
@@ -472,26 +412,33 @@ def test_workspace_is_one_piece_of_memory(encoded: list[BoxMap]) -> None:
     row_dots, dq_sum, dq_counts, dq_turns = work.workspace
     assert row_dots.dtype == dq_sum.dtype == np.float32
     assert dq_counts.dtype == dq_turns.dtype == np.int32
-    assert not work.zeroed
     for (begin, end), x in zip(itertools.pairwise(work.offsets), work.workspace, strict=True):
         assert begin % 512 == 0 and 0 <= end - begin - x.nbytes < 512
     addresses = range(4096, 4096 * 10, 4096)
     memory = 1 << 30
-    for launch, (params, *_) in zip(
-        work.launches, gpu_arguments(work, *addresses, memory), strict=True
-    ):
+    for launch, prepared in zip(work.launches, prepare(work, 0, *addresses, memory), strict=True):
         assert launch.tensors[-4:] == ("row_dots", "dq_sum", "dq_counts", "dq_turns")
-        record = params.view(ATTENTION_PARAMS)
-        placed = [int(record[name]["data"][0]) for name in launch.tensors]
+        params = prepared.arguments[0]
+        placed = [int(params[name]["data"][0]) for name in launch.tensors]
         assert placed == [*addresses, *(memory + begin for begin in work.offsets[:-1])]
 
 
-def test_tickets_begin_at_zero() -> None:
+def test_only_launches_behind_others_of_their_call_overlap() -> None:
+    for deterministic in (False, True):
+        launches = backward_work(deterministic).launches
+        assert [launch.overlaps for launch in launches] == [False, True]
+
+
+def test_tickets_are_cleared_by_a_kernel_ahead() -> None:
     masked = simple_call(hopper.MIN_DYNAMIC_SEQLEN, 64, 64, causal=True)
     work = make_work(masked, False, FakeMachine(HOPPER))
-    assert work.zeroed and work.workspace == (Layout.contiguous((1, 1), np.dtype(np.int32)),)
+    assert work.workspace == (Layout.contiguous((1, 1), np.dtype(np.int32)),)
+    clear, forward = work.launches
+    assert (clear.blocks, clear.plan.threads, clear.overlaps) == (1, 32, False)
+    assert forward.plan.dynamic and forward.overlaps
     short = simple_call(hopper.MIN_DYNAMIC_SEQLEN - 1, 64, 64, causal=True)
-    assert make_work(short, False, FakeMachine(HOPPER)).workspace == ()
+    work = make_work(short, False, FakeMachine(HOPPER))
+    assert work.workspace == () and [x.overlaps for x in work.launches] == [False]
 
 
 def test_a_launch_has_no_more_blocks_than_there_are_multiprocessors() -> None:

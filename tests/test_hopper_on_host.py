@@ -317,7 +317,7 @@ def test_plans_of_long_sequences(
 
 @pytest.fixture
 def few_places(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sections of few tiles, so that dq_sum has places for a part of some dozens of heads."""
+    """Sections so short that dq_sum has places for a part of some dozens of heads."""
     dq_places = hopper_backward.dq_places
 
     def checked(card: Card, problem: Problem, plan: hopper_backward.HopperBackwardPlan) -> int:
@@ -325,8 +325,8 @@ def few_places(forget_plans: Callable[[], None], monkeypatch: pytest.MonkeyPatch
         assert places < hopper_backward.key_head_count(problem)
         return places
 
-    monkeypatch.setattr(hopper_backward, "SECTION_TILES", 2)
-    monkeypatch.setattr(hopper_backward, "SHORT_SECTION_TILES", 2)
+    for name in ("SECTION_TILES", "SHORT_SECTION_TILES", "SECTION_STEPS", "SHORT_SECTION_STEPS"):
+        monkeypatch.setattr(hopper_backward, name, 2)
     monkeypatch.setattr(hopper_backward, "dq_places", checked)
     forget_plans()
 
@@ -349,8 +349,10 @@ REUSED_PLACES: dict[str, tuple[Any, ...]] = {
         True,
     ),
     "groups": ((3,), 26, 13, 20, 30, 128, 128, FLOAT16, {"softcap": 3.0}, True),
+    "groups, several tiles": ((2,), 20, 10, 70, 150, 128, 128, BFLOAT16, {}, True),
     "narrow heads": ((3,), 12, 12, 20, 30, 72, 104, FLOAT16, {"alibi": True}, False),
     "wide heads": ((3,), 12, 12, 20, 50, 256, 256, BFLOAT16, {}, False),
+    "wide heads, several tiles": ((2,), 12, 12, 20, 150, 256, 256, FLOAT16, {}, True),
     "other head dim of v": ((3,), 15, 15, 20, 90, 192, 128, FLOAT16, {"causal": True}, True),
 }
 

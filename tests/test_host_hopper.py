@@ -192,6 +192,179 @@ def test_blocks_without_turns_race(device: HostDevice) -> None:
         run(device, "int* x, int* turns, bool waits", BLOCK_AFTER_BLOCK, x, turns, False, grid=4)
 
 
+TURNS_HEAD = """
+    const int i = threadIdx.x;
+    const uint32 shared = shared_address(dynamic_shared_memory());
+    float* const bulk = x + 64;
+    const auto fill = [=] {
+        store_shared(shared + 4 * i, 1.0f);
+        fence_async_shared();
+        __syncthreads();
+    };
+    const auto finish = [] { commit_bulk(); wait_bulk<0>(); };
+    const auto add = [=] { add_bulk(bulk, shared, 256); finish(); };
+    volatile float sink;
+"""
+ADDS = "atomicAdd(x + i, 1.0f);"
+ADDS_AND_PASSES = f"{ADDS} __syncthreads(); if (i == 0) pass_turn(turns);"
+WAITS = "if (i == 0) wait_for_turn(turns, 1); __syncthreads();"
+
+#: Whether turns suffice, and what the blocks of a grid do, of 64 threads each.
+TURNS: dict[str, tuple[bool, list[str]]] = {
+    "one thread for all that it has met": (True, [ADDS_AND_PASSES, f"{WAITS} sink = x[63 - i];"]),
+    "bulk additions": (
+        True,
+        ["fill(); if (i == 0) { add(); pass_turn_of_bulk(turns); }", f"{WAITS} sink = bulk[i];"],
+    ),
+    "bulk additions to what others have stored": (
+        True,
+        [
+            "fill(); if (i == 0) { store_bulk(bulk, shared, 256); finish();"
+            " pass_turn_of_bulk(turns); }",
+            f"fill(); {WAITS} if (i == 0) {{ add(); pass_turn_of_bulk(turns + 1); }}",
+            "wait_for_turn(turns + 1, 1); sink = bulk[i]; bulk[i] = 0;",
+        ],
+    ),
+    "turns of several blocks": (
+        True,
+        [ADDS_AND_PASSES, ADDS_AND_PASSES, "wait_for_turn(turns, 2); sink = x[i];"],
+    ),
+    "too early a turn": (
+        False,
+        [ADDS_AND_PASSES, ADDS_AND_PASSES, "wait_for_turn(turns, 1); sink = x[i];"],
+    ),
+    "passed before a barrier": (
+        False,
+        [f"{ADDS} if (i == 0) pass_turn(turns);", f"{WAITS} sink = x[i];"],
+    ),
+    "no barrier behind the wait": (
+        False,
+        [ADDS_AND_PASSES, "if (i == 0) wait_for_turn(turns, 1); sink = x[i];"],
+    ),
+    "bulk turn after ordinary additions": (
+        False,
+        [
+            f"fill(); {ADDS} __syncthreads(); if (i == 0) {{ add(); pass_turn_of_bulk(turns); }}",
+            f"{WAITS} sink = x[i];",
+        ],
+    ),
+    "bulk turn after ordinary stores": (
+        False,
+        ["x[i] = 1; __syncthreads(); if (i == 0) pass_turn_of_bulk(turns);", f"{WAITS} {ADDS}"],
+    ),
+    "bulk turn after another thread's additions": (
+        False,
+        [
+            "fill(); if (i == 0) add(); __syncthreads(); if (i == 1) pass_turn_of_bulk(turns);",
+            f"{WAITS} sink = bulk[i];",
+        ],
+    ),
+    "bulk turn for blocks before": (
+        False,
+        [
+            ADDS_AND_PASSES,
+            f"fill(); {WAITS} if (i == 0) {{ add(); pass_turn_of_bulk(turns + 1); }}",
+            "wait_for_turn(turns + 1, 1); sink = x[i];",
+        ],
+    ),
+    "additions without a turn beside those with one": (
+        False,
+        [ADDS, ADDS_AND_PASSES, "wait_for_turn(turns, 1); sink = x[i];"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_order_what_was_done_before(device: HostDevice, name: str) -> None:
+    orders, blocks = TURNS[name]
+    cases = "".join(f"case {number}: {{ {body} }} break;" for number, body in enumerate(blocks))
+    args = device.asarray(np.zeros(128, np.float32)), device.asarray(np.zeros(2, np.int32))
+
+    def run_blocks() -> None:
+        body = f"{TURNS_HEAD} switch (blockIdx.x) {{ {cases} }} (void)sink;"
+        run(device, "float* x, int* turns", body, *args, grid=len(blocks), block=64)
+
+    if orders:
+        run_blocks()
+        return
+    with pytest.raises(HostKernelError, match=r"race: .*\nafter a .* by a thread of another block"):
+        run_blocks()
+
+
+# ---------------------------------------------------------------------------------------------
+# Kernels that overlap
+
+WRITES, READS = "x[i] = i;", "sink = x[i];"
+WAIT_OF_ONE = "if (i == 0) wait_for_prerequisites();"
+LOAD = """
+    if (i == 40) {
+        const uint32 shared = shared_address(dynamic_shared_memory()), barrier = shared + 256;
+        init_barrier(barrier, 1);
+        fence_barrier_init();
+        arrive_expecting(barrier, 256);
+        load_bulk(shared, x, 256, barrier);
+        wait_for(barrier, 0);
+    }
+"""
+
+#: What two kernels do, the second one overlapping with the first: what is reported.
+OVERLAPS: dict[str, tuple[str, str, str | None]] = {
+    "wait": (WRITES, "wait_for_prerequisites(); sink = x[63 - i];", None),
+    "wait of one thread": (WRITES, f"{WAIT_OF_ONE} __syncthreads(); sink = x[63 - i];", None),
+    "reads": (READS, f"{READS} {WAIT_OF_ONE}", None),
+    "bulk copy": (WRITES, f"{WAIT_OF_ONE} __syncthreads(); {LOAD}", None),
+    "late wait": (WRITES, f"{READS} wait_for_prerequisites();", "read of .*written"),
+    "no barrier": (WRITES, f"{WAIT_OF_ONE} {READS}", "read of .*written"),
+    "write too early": (READS, f"{WRITES} {WAIT_OF_ONE}", "write of .*read"),
+    "write over a write": (WRITES, f"{WRITES} {WAIT_OF_ONE}", "write of .*written"),
+    "additions of both": (
+        "atomicAdd(x + i, 1);",
+        f"atomicAdd(x + i, 1); {WAIT_OF_ONE}",
+        "atomic operation of .*written",
+    ),
+    "bulk copy by another thread": (
+        WRITES,
+        f"{WAIT_OF_ONE} {LOAD}",
+        "read of .* by the copies that the mbarrier at byte 256 counts,.*written",
+    ),
+}
+
+
+def run_after_another(device: HostDevice, x: Any, body: str, **options: Any) -> None:
+    head = "const int i = threadIdx.x; volatile int sink;"
+    run(device, "int* x", f"{head} {body} (void)sink;", x, block=64, **options)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_kernels_overlap(device: HostDevice, name: str, overlaps: bool) -> None:
+    first, second, report = OVERLAPS[name]
+    x = device.asarray(np.zeros(64, np.int32))
+    run_after_another(device, x, first)
+    if report is None or not overlaps:
+        run_after_another(device, x, second, overlaps=overlaps)
+        return
+    report = f"race: {report} that may still run: wait_for_prerequisites is missing"
+    with pytest.raises(HostKernelError, match=f"(?s){report}"):
+        run_after_another(device, x, second, overlaps=True)
+
+
+def test_no_thread_waits_for_the_kernel_before(device: HostDevice) -> None:
+    """Then the kernel behind it might start while the one before it still runs."""
+    x = device.asarray(np.zeros(64, np.int32))
+    with pytest.raises(HostKernelError, match="no thread has called wait_for_prerequisites"):
+        run_after_another(device, x, READS, overlaps=True)
+
+
+def test_kernel_overlaps_with_several(device: HostDevice) -> None:
+    """The last one starts when the second one lets it, which may be before that waits."""
+    x = device.asarray(np.zeros(64, np.int32))
+    run_after_another(device, x, WRITES)
+    run_after_another(device, x, WAIT_OF_ONE, overlaps=True)
+    with pytest.raises(HostKernelError, match=r"race: read of .*\nwhich a kernel has written"):
+        run_after_another(device, x, f"{READS} {WAIT_OF_ONE}", overlaps=True)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_store_matrix(machine: Machine, rng: np.random.Generator, transposed: bool) -> None:
     """Rows to any 16-byte addresses; row r of matrix i to the address of lane 8i + r."""
@@ -534,6 +707,10 @@ PLANTED = {
         "if (i == 0) fence_async_shared(); fill(); __syncthreads(); if (i == 0) store(0);",
         "missing fence: read of .* shared memory by the bulk copies of thread 0",
     ),
+    "fence by a third thread behind the barrier": (
+        "fill(); __syncthreads(); if (i == 200) fence_async_shared(); if (i == 0) store(0);",
+        "missing fence: read of .* shared memory by the bulk copies of thread 0",
+    ),
     "fence without a barrier": (
         "fill(); fence_async_shared(); if (i == 0) store(0);",
         r"race: (read|write) of .* shared memory|nothing has written",
@@ -559,8 +736,8 @@ PLANTED = {
     ),
     "turn passed too early": (
         """load_first();
-        if (i == 0) { store(64); commit_bulk(); wait_bulk_read<0>(); pass_turn(turns); }""",
-        "pass_turn before bulk additions are in global memory",
+        if (i == 0) { store(64); commit_bulk(); wait_bulk_read<0>(); pass_turn_of_bulk(turns); }""",
+        "pass_turn_of_bulk before bulk additions are in global memory: wait_bulk is missing",
     ),
     "turn that never comes": ("wait_for_turn(turns, 1);", "deadlock: a block waits for turn 1"),
     "misaligned box": (
@@ -688,6 +865,23 @@ PLANTED = {
 }
 
 
+def run_planted(device: HostDevice, body: str, bug: int, seed: int) -> None:
+    x = np.zeros((1, 1, 1, 128, 64), np.uint16)
+    memory, turns = device.asarray(x), device.asarray(np.zeros(1, np.int32))
+    run(
+        device,
+        "const __grid_constant__ TensorMap map, uint16* x, int* turns, int bug",
+        f"{PLANTED_HEAD} {body} (void)sink;",
+        tensor_map(device, memory, x, 64),
+        memory,
+        turns,
+        np.int32(bug),
+        block=384,
+        shared_mem=1024 + 3 * 8192 + 16,
+        seed=seed,
+    )
+
+
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_planted_bug(device: HostDevice, name: str, seed: int) -> None:
@@ -695,19 +889,17 @@ def test_planted_bug(device: HostDevice, name: str, seed: int) -> None:
         f'case {number}: {{\n#line 1 "test.cu"\n{body}\n}} break;\n'
         for number, (body, _) in enumerate(PLANTED.values())
     )
-    x = np.zeros((1, 1, 1, 128, 64), np.uint16)
-    memory, turns = device.asarray(x), device.asarray(np.zeros(1, np.int32))
     with pytest.raises(HostKernelError, match=PLANTED[name][1]) as error:
-        run(
-            device,
-            "const __grid_constant__ TensorMap map, uint16* x, int* turns, int bug",
-            f"{PLANTED_HEAD} switch (bug) {{ {cases} }} (void)sink;",
-            tensor_map(device, memory, x, 64),
-            memory,
-            turns,
-            np.int32(list(PLANTED).index(name)),
-            block=384,
-            shared_mem=1024 + 3 * 8192 + 16,
-            seed=seed,
-        )
+        run_planted(device, f"switch (bug) {{ {cases} }}", list(PLANTED).index(name), seed)
     assert re.search(r"in block \(0, 0, 0\), thread \(\d+, 0, 0\)", str(error.value))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fence_by_the_thread_that_starts_the_copy(device: HostDevice, seed: int) -> None:
+    """It need not be each of those that have stored."""
+    body = """
+        fill();
+        __syncthreads();
+        if (i == 0) { fence_async_shared(); store(0); commit_bulk(); wait_bulk_read<0>(); }
+    """
+    run_planted(device, body, 0, seed)

@@ -215,8 +215,10 @@ def make_work(call: Call, deterministic: bool, machine: Machine) -> Work:
         for name, shape in shapes.items()
     }
     call = replace(call, tensors={**call.tensors, **workspace})
-    launches = tuple(make_launch(kernel, call, machine) for kernel in kernels)
-    return Work(launches, tuple(workspace.values()), zeroed="tickets" in workspace)
+    launches = tuple(
+        make_launch(kernel, call, machine, first=kernel is kernels[0]) for kernel in kernels
+    )
+    return Work(launches, tuple(workspace.values()))
 
 
 #: Kernels in the order of their launches, and the shapes of their workspace.
@@ -241,7 +243,9 @@ def hopper_steps(call: Call, deterministic: bool, card: Card) -> Steps:
     """Return the Hopper family's."""
     problem = call.problem
     if "dq" not in call.tensors:
-        return ("hopper_forward",), {"tickets": (1, 1)} if hopper.is_dynamic(problem) else {}
+        if not hopper.is_dynamic(problem):
+            return ("hopper_forward",), {}
+        return ("hopper_clear_tickets", "hopper_forward"), {"tickets": (1, 1)}
     choice = card, problem, "alibi_slopes" in call.tensors, deterministic
     return hopper_backward.kernels(*choice), hopper_backward.workspace(*choice)
 
@@ -265,8 +269,11 @@ def choose_family(call: Call, machine: Machine) -> Family:
     return "portable"
 
 
-def make_launch(kernel: str, call: Call, machine: Machine) -> Launch:
-    """Plan a kernel and fill its parameters, all but the addresses of the tensors."""
+def make_launch(kernel: str, call: Call, machine: Machine, first: bool = True) -> Launch:
+    """Plan a kernel and fill its parameters, all but the addresses of the tensors.
+
+    ``first``: it is the call's first one, which waits for all that is in the stream before it.
+    """
     problem, tensors, card = call.problem, call.tensors, machine.card()
     planner = (hopper.PLANS | hopper_backward.PLANS).get(kernel)
     if planner is not None:
@@ -295,4 +302,5 @@ def make_launch(kernel: str, call: Call, machine: Machine) -> Launch:
         params,
         tuple(tensors),
         hopper.box_maps(plan, tensors, params[0]),
+        overlaps=plan.overlaps and not first,
     )

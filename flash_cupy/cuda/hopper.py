@@ -102,6 +102,7 @@ class HopperPlan(Plan):
     """
 
     target: ClassVar[tuple[str, ...]] = ("-arch=sm_90a",)
+    overlaps: ClassVar[bool] = True
 
     def tile_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a tile in shared memory: whole boxes."""
@@ -186,7 +187,7 @@ class ForwardTiles(NamedTuple):
     consumers: int
     stages: int = 2  # of k and v
     q_stages: int = 1
-    ahead: int = 1  # these two as in the plan
+    ahead: int = 1  # as in the plan, as `optimistic` is
     optimistic: bool = False
     band: bool = True  # with causal or window, too
     modified: bool = True  # with softcap and ALiBi, too: they take registers
@@ -291,8 +292,8 @@ def plan_forward(card: Card, problem: Problem, tensors: Container[str]) -> Hoppe
             dynamic=dynamic,
         )
 
-    apart = plan(row.q_stages, False)
-    return apart if apart.shared_bytes <= card.shared_bytes else plan(1, True)
+    apart = plan(row.q_stages, False), plan(1, False)
+    return next((x for x in apart if x.shared_bytes <= card.shared_bytes), plan(1, True))
 
 
 def lengths() -> tuple[tuple[int, int], ...]:
@@ -309,8 +310,8 @@ def lengths() -> tuple[tuple[int, int], ...]:
 def is_dynamic(problem: Problem) -> bool:
     """Whether the blocks of a forward call take items as they get free, for which it has tickets.
 
-    Items differ in length only with a mask. With short sequences the fixed order wastes less than
-    clearing the tickets takes.
+    Items differ in length only with a mask. With short sequences the fixed order is as good, and
+    with head dims above 128 better.
     """
     masked = problem.band.left is not None or problem.band.right is not None
     return masked and problem.seqlen_k >= MIN_DYNAMIC_SEQLEN
@@ -321,7 +322,24 @@ def _padded(head_dim: int) -> int:
     return next(padded for padded in (64, 96, 128, 192, 256) if padded >= head_dim)
 
 
+@dataclass(frozen=True)
+class HopperClearTicketsPlan(KernelPlan):
+    """The only plan for kernels_cu/hopper_clear_tickets.cu."""
+
+    def blocks(self, problem: Problem, tensors: Mapping[str, Array]) -> int:
+        """Return 1."""
+        return 1
+
+
+def plan_clear_tickets(
+    card: Card, problem: Problem, tensors: Container[str]
+) -> HopperClearTicketsPlan:
+    """Plan the kernel before the forward one of calls that have tickets."""
+    return HopperClearTicketsPlan(problem.dtype.name, WIDEST_ACCESS, warps=1)
+
+
 #: Which function plans which kernel of the family.
 PLANS: dict[str, Callable[[Card, Problem, Container[str]], KernelPlan]] = {
+    "hopper_clear_tickets": plan_clear_tickets,
     "hopper_forward": plan_forward,
 }

@@ -36,6 +36,10 @@ class HopperBackwardPlan(HopperPlan):
         Most queries of a call whose blocks compute a whole head each, or 0: a tile of keys.
     early_exponentials
         Whether P is computed while the product for dP runs, or behind it.
+    own_masks
+        Whether a consumer masks where its own keys ask for it, or any of the block's.
+    writers_fence
+        Whether the warps that add dQ let the asynchronous proxy see it, or the consumers.
     """
 
     kernel: ClassVar[str] = "hopper_backward"
@@ -43,6 +47,8 @@ class HopperBackwardPlan(HopperPlan):
     deterministic: bool
     head_rows: int
     early_exponentials: bool
+    own_masks: bool
+    writers_fence: bool
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,7 +230,11 @@ class BackwardTiles(NamedTuple):
     max_head_dim_v: int = MAX_GPU_HEAD_DIM
     masks: bool = False  # compiled for masks in any case
     head_rows: int = 0  # most queries of a head, if a block computes a whole one
-    early_exponentials: bool = False  # a `HopperBackwardWidePlan` has them early anyway
+    # What these are is said at `HopperBackwardPlan`; wide kernels know only one way. Which is
+    # faster follows from no rule: the compiler is short of registers.
+    early_exponentials: bool = False
+    own_masks: bool = True
+    writers_fence: bool = True
 
     def suits(self, problem: Problem, options: Mapping[str, bool], multiprocessors: int) -> bool:
         """Whether a call is one of those."""
@@ -250,6 +260,9 @@ class BackwardTiles(NamedTuple):
         )
 
 
+#: Steps of 80 queries take all registers.
+_EIGHTY: dict[str, Any] = dict(alibi=False, softcap=False, min_head_dim=96, writers_fence=False)
+
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
     64: [
@@ -257,19 +270,20 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
             64, alibi=False, softcap=False, head_rows=512, band=False, early_exponentials=True
         ),
         BackwardTiles(64, alibi=False, softcap=False, head_rows=512),
-        BackwardTiles(128, alibi=False, early_exponentials=True),
+        BackwardTiles(128, alibi=False, band=False, early_exponentials=True),
+        BackwardTiles(128, alibi=False, early_exponentials=True, own_masks=False),
         BackwardTiles(64),
     ],
-    96: [BackwardTiles(64)],
-    128: [
-        BackwardTiles(80, alibi=False, softcap=False, band=False, min_head_dim=96, min_seqlen=1024),
+    96: [
         BackwardTiles(
-            80,
-            alibi=False,
-            softcap=False,
-            min_head_dim=96,
-            min_seqlen=2048,
+            80, alibi=False, softcap=False, band=False, min_seqlen=2048, early_exponentials=True
         ),
+        BackwardTiles(80, alibi=False, softcap=False, min_seqlen=4096),
+        BackwardTiles(64),
+    ],
+    128: [
+        BackwardTiles(80, **_EIGHTY, band=False, min_seqlen=1024),
+        BackwardTiles(80, **_EIGHTY, own_masks=False, min_seqlen=4096),
         BackwardTiles(64),
     ],
     192: [
@@ -293,11 +307,17 @@ MANY_HEADS = 1024
 #: The least warps that round the last shares of dQ.
 LAST_ROUNDING_WARPS = 1536
 
-#: Tiles of keys in a section of heads whose tiles blocks take side by side, the longest first:
-#: about as many as run at a time; fewer of short heads, whose dQ then stays in L2.
+#: Tiles of keys in a section of heads under a mask, whose tiles blocks take side by side, the
+#: longest first: about as many as run at a time; fewer of short heads, whose dQ then stays in L2.
 SECTION_TILES = 128
 SHORT_SECTION_TILES = 32
 SHORT_HEAD_TILES = 8
+
+#: Without a mask in a fixed order, where a block adds to dQ a step or more behind the block of the
+#: tile of keys before it: steps that the blocks of a section, which start one after another, have
+#: between two tiles of a head. Of short heads and of others.
+SHORT_SECTION_STEPS = 128
+SECTION_STEPS = 192
 
 
 def kernels(card: Card, problem: Problem, alibi: bool, deterministic: bool) -> tuple[str, ...]:
@@ -334,6 +354,8 @@ def choose_plan(
         deterministic=deterministic and not row.head_rows,  # a single block adds to dq anyway
         head_rows=row.head_rows,
         early_exponentials=row.early_exponentials,
+        own_masks=row.own_masks,
+        writers_fence=row.writers_fence,
     )
     if weight_stages is None:
         return HopperBackwardPlan(**plan)
@@ -388,8 +410,7 @@ def section_heads(problem: Problem, plan: HopperBackwardPlan) -> int:
     """Return the key heads of a section, see kernels_cu/head_tiles.cuh.
 
     Under a mask some tiles are longer than others. Without one it takes sections only in a fixed
-    order: there a block adds to dQ a step or more behind the block of the tile of keys before, and
-    with as many heads as blocks start in that time it starts so much later.
+    order, as tiles of a head wait for each other.
     """
     tiles = ceil_div(problem.seqlen_k, plan.tile_n)
     short = tiles <= SHORT_HEAD_TILES
@@ -397,7 +418,7 @@ def section_heads(problem: Problem, plan: HopperBackwardPlan) -> int:
         if not plan.deterministic:
             return 1
         steps = ceil_div(problem.seqlen_q, plan.tile_m) * problem.group
-        return ceil_div(SECTION_TILES if short else 3 * SECTION_TILES // 2, steps)
+        return ceil_div(SHORT_SECTION_STEPS if short else SECTION_STEPS, steps)
     return ceil_div(SHORT_SECTION_TILES if short else SECTION_TILES, tiles)
 
 

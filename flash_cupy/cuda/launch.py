@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from ..arrays import Array
 from ..gpu import current_device
 from . import compiler, tensor_maps
+from .driver import PreparedLaunch
 from .params import ATTENTION_PARAMS
 from .plan import Card, KernelPlan
 from .tensor_maps import BoxMap
 from .tensors import Layout
 
-#: Arguments that are remembered by the addresses of the tensors.
-MAX_ARGUMENTS = 4096
+#: Calls whose launches are remembered by the stream and the addresses of the tensors.
+MAX_PREPARED = 4096
 
 #: The tensors of a workspace begin at multiples of this many bytes, as CuPy's arrays do.
 WORKSPACE_ALIGNMENT = 512
@@ -37,6 +38,7 @@ class Launch:
     ``kernel`` is what `Machine.load` returned for ``plan``. ``params`` has size 1; ``tensors`` are
     the names of its tensors, in the order in which `arguments` takes their addresses. ``maps``
     are the maps that the kernel takes beside it, by the names of their tensors, with address 0.
+    ``overlaps`` is as in `PreparedLaunch`.
     """
 
     kernel: Any
@@ -45,11 +47,7 @@ class Launch:
     params: NDArray[Any]
     tensors: tuple[str, ...]
     maps: tuple[tuple[str, BoxMap], ...]
-
-    @cached_property
-    def geometry(self) -> tuple[tuple[int], tuple[int], int]:
-        """Grid, block and bytes of dynamic shared memory, as a kernel is called with them."""
-        return (self.blocks,), (self.plan.threads,), self.plan.shared_bytes
+    overlaps: bool
 
     def arguments(
         self, addresses: Sequence[int], encode_map: Callable[[BoxMap], bytes]
@@ -58,11 +56,8 @@ class Launch:
 
         ``encode_map`` returns the 128 bytes by which the device's TMA sees a tensor.
         """
-        words = self.params.view(np.uint64).copy()
-        words[_address_words(self.tensors)] = addresses
-        # As plain bytes: CuPy spells out a structured dtype in every launch, which takes longer
-        # than all the rest of a call.
-        params = words.view(_RAW_PARAMS)
+        params = self.params.copy()
+        params.view(np.uint64)[_address_words(self.tensors)] = addresses
         if not self.maps:
             return (params,)
         address = dict(zip(self.tensors, addresses, strict=True))
@@ -70,9 +65,6 @@ class Launch:
             encode_map(box_map._replace(address=address[name])) for name, box_map in self.maps
         )
         return params, np.frombuffer(encoded, np.dtype((np.void, len(encoded))))
-
-
-_RAW_PARAMS = np.dtype((np.void, ATTENTION_PARAMS.itemsize))
 
 
 @cache
@@ -88,13 +80,11 @@ class Work:
     """The launches of a call, one after the other, made once for calls that look alike.
 
     All are on the same tensors: first those that the call is given, then those of ``workspace``,
-    which last as long as the call. They hold anything when the first kernel starts, or 0 if they
-    are ``zeroed``.
+    which last as long as the call and hold anything when the first kernel starts.
     """
 
     launches: tuple[Launch, ...]
     workspace: tuple[Layout, ...]
-    zeroed: bool
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -159,27 +149,35 @@ class Gpu:
 
         What they no longer use is given back to the allocator, which keeps the stream's order.
         """
+        cuda = sys.modules["cupy"].cuda
         if work.workspace:
-            nbytes = work.offsets[-1]
-            memory = sys.modules["cupy"].cuda.alloc(nbytes)
-            if work.zeroed:
-                memory.memset_async(0, nbytes)
+            memory = cuda.alloc(work.offsets[-1])
             addresses = [*addresses, memory.ptr]
-        for launch, args in zip(work.launches, gpu_arguments(work, *addresses), strict=True):
-            grid, block, shared_bytes = launch.geometry
-            launch.kernel(grid, block, args, shared_mem=shared_bytes)
+        for launch in prepare(work, cuda.get_current_stream().ptr, *addresses):
+            launch()
 
 
-@lru_cache(MAX_ARGUMENTS)
-def gpu_arguments(work: Work, *addresses: int) -> tuple[Arguments, ...]:
-    """Return the arguments of each launch; the last address is that of the workspace, if any.
+@lru_cache(MAX_PREPARED)
+def prepare(work: Work, stream: int, *addresses: int) -> tuple[PreparedLaunch, ...]:
+    """Return the launches of a call; the last address is that of the workspace, if any.
 
     They are remembered: a training step finds its arrays where the one before had them.
     """
     if work.workspace:
         *given, memory = addresses
         addresses = (*given, *(memory + offset for offset in work.offsets[:-1]))
-    return tuple(launch.arguments(addresses, tensor_maps.encode) for launch in work.launches)
+    return tuple(
+        PreparedLaunch(
+            launch.kernel.kernel.ptr,
+            launch.blocks,
+            launch.plan.threads,
+            launch.plan.shared_bytes,
+            launch.arguments(addresses, tensor_maps.encode),
+            stream,
+            launch.overlaps,
+        )
+        for launch in work.launches
+    )
 
 
 @cache

@@ -82,6 +82,8 @@ class KernelPlan(ABC):
     target: ClassVar[tuple[str, ...]] = ()
     #: Whether at most one block a multiprocessor is launched, which then does the work of several.
     persistent: ClassVar[bool] = False
+    #: Whether the kernel may start before the one ahead of it in a call has ended.
+    overlaps: ClassVar[bool] = False
 
     element: str
     access_bytes: int

@@ -8,10 +8,11 @@ by value.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from .driver import library
 
 MAP_BYTES = 128
 
@@ -67,13 +68,6 @@ _L2_PROMOTION_256B = 3
 _FILL_WITH_ZEROS = 0
 
 
-@cache
-def _encoder() -> Any:
-    function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
-    function.restype = ctypes.c_int
-    return function
-
-
 def encode(box_map: BoxMap) -> bytes:
     """Return a map as the driver encodes it for the GPU.
 
@@ -85,7 +79,7 @@ def encode(box_map: BoxMap) -> bytes:
     rank = len(box_map.extents)
     memory = np.zeros(MAP_BYTES + 64, np.uint8)
     first = -memory.ctypes.data % 64  # where the driver wants its result
-    error = _encoder()(
+    error = library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(memory.ctypes.data + first),
         ctypes.c_int(_DATA_TYPES[box_map.element]),
         ctypes.c_uint32(rank),

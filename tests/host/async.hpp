@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -57,12 +56,10 @@ public:
     // ---- copies.cpp ----
     size_t landing() const { return landing_.size(); }
     void land(size_t index);
-    // A counter that the running block has passed on, or found passed on: it comes after all blocks
-    // that did so before, and after those that they come after. All of a block counts: what it does
-    // after it has passed a counter on, and what threads do that have not found it passed on.
-    void pass(const int* counter);
-    void find_passed(const int* counter);
-    bool comes_after(uint32_t block) const { return before_.count(block) > 0; }
+    // Who finds that a counter has reached a turn comes after what was told with this turn and
+    // those before it.
+    void pass(const int* counter, const SharedBlocks& told);
+    void find_passed(const int* counter, int turn);
     // Starts a copy to shared memory. `gather` reads its data for the unit that it is given.
     template <class Gather>
     void load(unsigned shared, size_t bytes, unsigned barrier, const void* code, Gather gather);
@@ -86,9 +83,9 @@ private:
     std::map<unsigned, Mbarrier> barriers_;
     NamedBarrier named_[16];
     std::vector<Landing> landing_;
-    std::map<const int*, std::set<uint32_t>> passed_;  // by which blocks, of this launch
+    // What was told up to a turn of a counter, in one launch.
+    std::map<const int*, std::map<int, SharedBlocks>> passed_;
     uint32_t passed_launch_ = 0;
-    std::set<uint32_t> before_;  // blocks that the running one comes after
     std::vector<int> product_units_;  // of each warpgroup, -1: none yet
     std::vector<int> registers_;      // a thread's, by warpgroup; empty: nobody has changed them
 };

@@ -10,7 +10,6 @@ void Asynchronous::reset() {
     barriers_.clear();
     for (NamedBarrier& barrier : named_) barrier = {};
     landing_.clear();
-    before_.clear();
     product_units_.clear();
     registers_.clear();
 }

@@ -15,7 +15,7 @@
 uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 Block* running_block = nullptr;
-uint32_t launch_serial = 0;
+CurrentLaunch current_launch;
 
 // ---- reports ------------------------------------------------------------------------------------
 
@@ -110,6 +110,7 @@ void Block::prepare(int count) {
     exited_ = 0;
     time_ = all_know_ = 1;
     unit_names_.clear();
+    prerequisites_ = new_unit("the kernel before");
     asynchronous.reset();
     const auto nothing = std::make_shared<Knowledge>();
     nothing->done.assign(count, 1);
@@ -339,5 +340,7 @@ void warp_barrier(unsigned mask, Place place) {
     running_block->wait_for_warp("__syncwarp", mask, place, nullptr, [](void* const*) {}, true,
                                  __builtin_return_address(0));
 }
+
+void wait_for_prerequisites() { running_block->wait_for_prerequisites(); }
 
 }  // namespace host

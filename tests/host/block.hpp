@@ -111,6 +111,10 @@ public:
     uint32_t all_know() const { return all_know_; }  // the least that any thread knows of another
     int count() const { return count_; }
     Thread& thread(int index) { return *threads_[index]; }
+    // Whether somebody with this knowledge comes after the kernels that this one overlaps with.
+    bool comes_after_prerequisites(const Knowledge& known) const {
+        return Knowledge::at(known.done, prerequisites_) > 0;
+    }
     bool flip_coin() { return (*random_)() & 1; }
     std::string who_does_what() const;
 
@@ -122,8 +126,12 @@ public:
     void publish(Thread& thread, Phase& phase);
     void learn(Thread& thread, const Knowledge& knowledge);
     void learn(Thread& thread, int unit, uint32_t clock);
+    void learn(Thread& thread, const SharedBlocks& others);
+    void wait_for_prerequisites();
     // All that the thread knows, itself included.
     Knowledge view(const Thread& thread) const;
+    // The same as other blocks learn it; what the thread does from now on comes later.
+    SharedBlocks view_from_outside(Thread& thread);
     // All that the thread has written, or knows to be written, is there for units from now on.
     void fence(Thread& thread);
 
@@ -151,6 +159,7 @@ private:
     std::vector<Thread*> present_;         // the lanes of a collective that is complete
     std::vector<std::vector<Thread*>> warpgroups_;  // at collectives of warpgroups
     std::vector<std::string> unit_names_;
+    int prerequisites_ = 0;  // a unit: its only deed is the end of the kernels before
     Thread* running_ = nullptr;
     Fiber main_;  // where run() continues when the last thread has exited
     int exited_ = 0;
@@ -160,7 +169,20 @@ private:
 };
 
 extern Block* running_block;  // null outside a launch
-extern uint32_t launch_serial;
+
+struct CurrentLaunch {
+    uint32_t serial = 0;          // number since the worker started
+    uint32_t oldest_running = 0;  // the first launch that may still run; this one if none overlaps
+    bool has_waited = false;      // a thread has, for those before
+
+    void begin(bool overlaps) {
+        serial += 1;
+        if (!overlaps) oldest_running = serial;
+        has_waited = false;
+    }
+    bool overlaps() const { return oldest_running < serial; }
+};
+extern CurrentLaunch current_launch;
 
 // Prints the running thread, its block and its calls to stderr.
 void print_running();

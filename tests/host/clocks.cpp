@@ -3,6 +3,44 @@
 
 #include "block.hpp"
 
+// ---- knowledge of other blocks ------------------------------------------------------------------
+
+static bool contains(const Clocks& a, const Clocks& b) {
+    for (size_t i = 0; i < b.size(); ++i) {
+        if (Knowledge::at(a, i) < b[i]) return false;
+    }
+    return true;
+}
+
+static bool contains(const OtherBlocks& a, const OtherBlocks& b) {
+    for (const auto& [block, clocks] : b) {
+        const auto found = a.find(block);
+        if (found == a.end()) return false;
+        if (found->second != clocks && !contains(*found->second, *clocks)) return false;
+    }
+    return true;
+}
+
+// Mostly one of two knows all that the other does: then both go on with the same object.
+SharedBlocks joint(const SharedBlocks& a, const SharedBlocks& b) {
+    if (!b || a == b || (a && contains(*a, *b))) return a;
+    if (!a || contains(*b, *a)) return b;
+    auto both = std::make_shared<OtherBlocks>(*a);
+    for (const auto& [block, clocks] : *b) {
+        auto& own = (*both)[block];
+        if (!own) {
+            own = clocks;
+        } else if (own != clocks) {
+            const auto joined = std::make_shared<Clocks>(*own);
+            Knowledge::join(*joined, *clocks);
+            own = joined;
+        }
+    }
+    return both;
+}
+
+// ---- knowledge of a block's threads -------------------------------------------------------------
+
 // From now on each of them knows all that any of them knew, and has done.
 void Block::order_memory(const std::vector<Thread*>& participants) {
     tick();
@@ -33,6 +71,15 @@ Knowledge Block::view(const Thread& thread) const {
     return knowledge;
 }
 
+SharedBlocks Block::view_from_outside(Thread& thread) {
+    thread.clock = tick();
+    const Knowledge knowledge = view(thread);
+    const auto blocks = std::make_shared<OtherBlocks>();
+    if (knowledge.others) *blocks = *knowledge.others;
+    (*blocks)[serial_] = std::make_shared<const Clocks>(knowledge.done);
+    return blocks;
+}
+
 void Block::publish(Thread& thread, Phase& phase) {
     thread.clock = tick();
     phase.released.join(*thread.known);
@@ -60,4 +107,15 @@ void Block::learn(Thread& thread, const Knowledge& knowledge) {
 
 void Block::learn(Thread& thread, int unit, uint32_t clock) {
     Knowledge::raise(own_knowledge(thread).done, unit, clock);
+}
+
+void Block::learn(Thread& thread, const SharedBlocks& others) {
+    Knowledge& known = own_knowledge(thread);
+    known.others = joint(known.others, others);
+}
+
+void Block::wait_for_prerequisites() {
+    if (!current_launch.overlaps()) return;
+    current_launch.has_waited = true;
+    learn(*running_, prerequisites_, 1);
 }

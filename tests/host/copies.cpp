@@ -130,18 +130,18 @@ void Asynchronous::store(Scatter scatter) {
 
 // ---- turns --------------------------------------------------------------------------------------
 
-void Asynchronous::pass(const int* counter) {
-    if (passed_launch_ != launch_serial) passed_.clear();
-    passed_launch_ = launch_serial;
-    std::set<uint32_t>& blocks = passed_[counter];
-    blocks.insert(running_block->serial());
-    blocks.insert(before_.begin(), before_.end());
+void Asynchronous::pass(const int* counter, const SharedBlocks& told) {
+    if (passed_launch_ != current_launch.serial) passed_.clear();
+    passed_launch_ = current_launch.serial;
+    std::map<int, SharedBlocks>& turns = passed_[counter];
+    turns[*counter] = turns.empty() ? told : joint(turns.rbegin()->second, told);
 }
 
-void Asynchronous::find_passed(const int* counter) {
-    if (passed_launch_ != launch_serial) return;
-    const std::set<uint32_t>& blocks = passed_[counter];
-    before_.insert(blocks.begin(), blocks.end());
+void Asynchronous::find_passed(const int* counter, int turn) {
+    if (passed_launch_ != current_launch.serial) return;
+    const std::map<int, SharedBlocks>& turns = passed_[counter];
+    const auto told = turns.find(turn);
+    if (told != turns.end()) running_block->learn(running_block->running(), told->second);
 }
 
 // ---- what kernels call --------------------------------------------------------------------------
@@ -257,18 +257,33 @@ void wait_for_turn(const int* counter, int turn) {
         fail("deadlock: a block waits for turn %d, and after all blocks before it it is turn %d",
              turn, *counter);
     }
-    asynchronous.find_passed(counter);
+    asynchronous.find_passed(counter, turn);
+}
+
+static void pass_counter(int* counter, const SharedBlocks& told, const void* code) {
+    device_memory.check(counter, sizeof *counter, Access::ATOMIC, 1u << lane(), code);
+    *counter += 1;
+    asynchronous.pass(counter, told);
 }
 
 void pass_turn(int* counter) {
-    device_memory.check(counter, sizeof *counter, Access::ATOMIC, 1u << lane(),
-                        __builtin_return_address(0));
+    Block& block = *running_block;
+    pass_counter(counter, block.view_from_outside(block.running()), __builtin_return_address(0));
+}
+
+void pass_turn_of_bulk(int* counter) {
     const Thread& self = running_block->running();
-    const bool written = self.bulk_writer < 0 || Knowledge::at(self.known->done, self.bulk_writer) >
-                                                     self.bulk_latest;
-    if (!written) fail("pass_turn before bulk additions are in global memory: wait_bulk is missing");
-    *counter += 1;
-    asynchronous.pass(counter);
+    const auto told = std::make_shared<OtherBlocks>();
+    if (self.bulk_writer >= 0) {
+        Clocks done;
+        Knowledge::raise(done, self.bulk_writer, Knowledge::at(self.known->done, self.bulk_writer));
+        if (done.back() <= self.bulk_latest) {
+            fail("pass_turn_of_bulk before bulk additions are in global memory: wait_bulk is "
+                 "missing");
+        }
+        (*told)[running_block->serial()] = std::make_shared<const Clocks>(std::move(done));
+    }
+    pass_counter(counter, told, __builtin_return_address(0));
 }
 
 void fence_async_shared() { running_block->fence(running_block->running()); }

@@ -5,8 +5,9 @@ same name in kernels_cu, and run in a worker process, which holds the device's m
 would let pass or answer with garbage ends the worker with a report and raises `HostKernelError`
 here: accesses out of bounds or misaligned, reads of what nothing wrote, missing waits for
 asynchronous copies and matrix products, missing fences, races between threads, copies and products,
-barriers and collectives that not all threads reach, deadlocks, integer overflow and indices beyond
-an array. The next use of the device starts a fresh worker with empty memory.
+races with a kernel that may still run, barriers and collectives that not all threads reach,
+deadlocks, integer overflow and indices beyond an array. The next use of the device starts a fresh
+worker with empty memory.
 
 Most reports do not depend on the order in which threads happen to run: memory.hpp knows who has
 written each byte and which barriers lie between.
@@ -190,6 +191,7 @@ class HostKernel:
         args: Sequence[HostArray | NDArray | np.generic],
         *,
         shared_mem: int = 0,
+        overlaps: bool = False,
         seed: int = 0,
     ) -> None:
         """Run the kernel and wait for its end.
@@ -202,10 +204,17 @@ class HostKernel:
             NumPy scalars and arrays of size 1 go by value, a HostArray as its address.
         shared_mem
             Bytes of dynamic shared memory.
+        overlaps
+            Whether the kernel may start before the one that was launched before it has ended
+            ("programmatic dependent launch"). Kernels run one after the other all the same, but
+            an access that conflicts with one of that kernel's is an error unless it comes after
+            a `wait_for_prerequisites`.
         seed
             Chooses the order in which blocks and threads run.
         """
-        self.device.launch(self, grid, block, args, shared_mem=shared_mem, seed=seed)
+        self.device.launch(
+            self, grid, block, args, shared_mem=shared_mem, overlaps=overlaps, seed=seed
+        )
 
 
 class HostDevice:
@@ -262,6 +271,7 @@ class HostDevice:
         args: Sequence[HostArray | NDArray | np.generic],
         *,
         shared_mem: int,
+        overlaps: bool,
         seed: int,
     ) -> None:
         if kernel.library not in self._loaded:
@@ -272,7 +282,7 @@ class HostDevice:
         ]
         data = [value.tobytes() for value in values]
         sizes = [*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block))]
-        words = [seed, shared_mem, *sizes, len(data), *map(len, data)]
+        words = [seed, int(overlaps), shared_mem, *sizes, len(data), *map(len, data)]
         self._ask(
             f"launch {self._loaded[kernel.library]} {' '.join(map(str, words))}", b"".join(data)
         )

@@ -38,7 +38,7 @@ MAGIC = 0x70616D2D78656C66
 class HostMachine:
     """A `flash_cupy.cuda.launch.Machine` whose arrays are NumPy arrays.
 
-    Every launch copies its arrays to the device and back, element by element in their own memory
+    Every call copies its arrays to the device and back, element by element in their own memory
     layout: what lies between the elements of a strided array is memory that nothing has written.
     Each launch orders its threads in another way.
     """
@@ -74,25 +74,23 @@ class HostMachine:
         """Run kernels; one that misbehaves is a `HostKernelError`.
 
         Each tensor of the workspace has memory of its own: a kernel that leaves it is found out.
+        All kernels run on the same images, so that the device knows what those before have done.
         """
-        workspace = [self.empty(x.shape, x.dtype) for x in work.workspace]
-        if work.zeroed:
-            for x in workspace:
-                x[...] = 0
-        tensors = [*arrays, *workspace]
+        given = [Image(self.host, x) for x in arrays]
+        workspace = [Image(self.host, self.empty(x.shape, x.dtype)) for x in work.workspace]
+        places = [image.address for image in (*given, *workspace)]
         for launch in work.launches:
-            images = [Image(self.host, x) for x in tensors]
-            grid, block, shared_bytes = launch.geometry
             launch.kernel(
-                grid,
-                block,
-                launch.arguments([image.address for image in images], encode_map),
-                shared_mem=shared_bytes,
+                (launch.blocks,),
+                (launch.plan.threads,),
+                launch.arguments(places, encode_map),
+                shared_mem=launch.plan.shared_bytes,
+                overlaps=launch.overlaps,
                 seed=self.launches,
             )
             self.launches += 1
-            for image in images:
-                image.copy_back()
+        for image in given:
+            image.copy_back()
 
 
 def encode_map(box_map: BoxMap) -> bytes:

@@ -9,7 +9,6 @@
 #include <new>
 #include <string>
 
-#include "async.hpp"
 #include "block.hpp"
 #include "runtime.hpp"
 
@@ -152,20 +151,38 @@ std::string DeviceMemory::describe(const void* address) const {
 
 static int first_byte(uint16_t mask) { return __builtin_ctz(mask); }
 
+static const Knowledge& knowledge_of(const Actor& actor, int lane) {
+    return actor.known ? *actor.known : *running_block->thread(actor.first + lane).known;
+}
+
+// Whether what `trace` tells of another block comes before what `actor` does now. Nothing but
+// their turns orders blocks within a launch.
+static bool was_passed_on(const Trace& trace, const Actor& actor) {
+    for (uint32_t ours = actor.lanes; ours; ours &= ours - 1) {
+        const SharedBlocks& others = knowledge_of(actor, __builtin_ctz(ours)).others;
+        if (!others) return false;
+        const auto block = others->find(trace.block);
+        if (block == others->end()) return false;
+        for (uint32_t rest = trace.lanes; rest; rest &= rest - 1) {
+            const int other = trace.warp * host::WARP + __builtin_ctz(rest);
+            if (Knowledge::at(*block->second, other) <= trace.clock) return false;
+        }
+    }
+    return true;
+}
+
 // Whether all that `trace` tells of comes before what `actor` does now.
 static bool happened_before(const Trace& trace, const Actor& actor) {
     Block& block = *running_block;
-    // Nothing but their turns orders blocks within a launch.
-    if (trace.block != block.serial()) return asynchronous.comes_after(trace.block);
+    if (trace.block != block.serial()) return was_passed_on(trace, actor);
     const int theirs = trace.warp * host::WARP;
     if (theirs < block.count() && trace.clock < block.all_know()) return true;
     for (uint32_t rest = trace.lanes; rest; rest &= rest - 1) {
         const int other = theirs + __builtin_ctz(rest);
         for (uint32_t ours = actor.lanes; ours; ours &= ours - 1) {
-            const int self = actor.first + __builtin_ctz(ours);
-            if (self == other || other == actor.issuer) continue;
-            const Knowledge& known = actor.known ? *actor.known : *block.thread(self).known;
-            if (Knowledge::at(known.done, other) <= trace.clock) return false;
+            const int lane = __builtin_ctz(ours);
+            if (actor.first + lane == other || other == actor.issuer) continue;
+            if (Knowledge::at(knowledge_of(actor, lane).done, other) <= trace.clock) return false;
         }
     }
     return true;
@@ -183,6 +200,20 @@ static bool is_fenced(const Trace& trace, const Actor& actor) {
 static bool conflict(Access first, Access second) {
     if (first == Access::READ && second == Access::READ) return false;
     return !(first == Access::ATOMIC && second == Access::ATOMIC);
+}
+
+// Whether `actor` comes after additions to these bytes that came after `trace`. Then it also comes
+// after the latter, as far as these bytes go, even if who has added tells of nothing else.
+static bool precedes_additions(const std::vector<Trace>& traces, const Trace& trace, uint16_t bytes,
+                               const Actor& actor) {
+    if (trace.access == Access::ATOMIC) return false;
+    bytes &= trace.bytes;
+    const Trace* const end = traces.data() + traces.size();
+    for (const Trace* later = &trace + 1; bytes && later != end; ++later) {
+        const bool adds = later->access == Access::ATOMIC && (later->bytes & bytes);
+        if (adds && happened_before(*later, actor)) bytes &= ~later->bytes;
+    }
+    return bytes == 0;
 }
 
 static std::string actors_in_words(int first, uint32_t lanes) {
@@ -222,19 +253,50 @@ static std::string by(const Actor& actor) {
     return actor.known ? " by " + actors_in_words(actor.first, actor.lanes) : "";
 }
 
+// Traces of earlier launches are void, but while these may still run, what they tell counts.
+void Chunk::enter_launch() {
+    if (launch < current_launch.oldest_running) {
+        read_before = written_before = 0;
+    } else {
+        for (const Trace& trace : traces) {
+            (trace.access == Access::READ ? read_before : written_before) |= trace.bytes;
+        }
+    }
+    launch = current_launch.serial;
+    traces.clear();
+}
+
+// Reports an access that does not go with those of a kernel that may still run.
+void DeviceMemory::check_prerequisites(const Chunk& chunk, uint16_t bytes, Access access,
+                                       const Actor& actor, const void* address) const {
+    const bool written = chunk.written_before & bytes;
+    const bool conflicting = written || (access != Access::READ && (chunk.read_before & bytes));
+    if (!conflicting) return;
+    for (uint32_t ours = actor.lanes; ours; ours &= ours - 1) {
+        const Knowledge& known = knowledge_of(actor, __builtin_ctz(ours));
+        if (running_block->comes_after_prerequisites(known)) continue;
+        host::fail("race: %s of %s%s,\n"
+                   "which a kernel has %s that may still run: wait_for_prerequisites is missing, "
+                   "or a barrier behind it",
+                   name_of(access), describe(address).c_str(), by(actor).c_str(),
+                   written ? "written" : "read");
+    }
+}
+
 // Checks the access against the traces that others left, and leaves its own.
 void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, const Actor& actor,
                          const void* code, const void* address) {
-    if (chunk.launch != launch_serial) {
-        chunk.launch = launch_serial;
-        chunk.traces.clear();
+    if (chunk.launch != current_launch.serial) chunk.enter_launch();
+    if (chunk.read_before | chunk.written_before) {
+        check_prerequisites(chunk, bytes, access, actor, address);
     }
     Block& block = *running_block;
     const auto warp = static_cast<uint16_t>(actor.first / host::WARP);
     Trace mine{code, block.serial(), actor.clock, actor.lanes, warp, bytes, access};
     if (!actor.known) {
         for (uint32_t rest = actor.lanes; rest; rest &= rest - 1) {
-            mine.clock = std::max(mine.clock, block.thread(actor.first + __builtin_ctz(rest)).clock);
+            const Thread& thread = block.thread(actor.first + __builtin_ctz(rest));
+            mine.clock = std::max(mine.clock, thread.clock);
         }
     }
 
@@ -244,7 +306,9 @@ void DeviceMemory::trace(Chunk& chunk, uint16_t bytes, Access access, const Acto
         const bool conflicting = conflict(other.access, access);
         const bool replaces = access == Access::WRITE || other.access == access;
         if ((other.bytes & bytes) && (conflicting || replaces)) {
-            const bool ordered = happened_before(other, actor);
+            const bool ordered =
+                happened_before(other, actor) ||
+                (conflicting && precedes_additions(chunk.traces, other, bytes, actor));
             if (conflicting && !ordered) {
                 host::fail("race: %s of %s%s,\n"
                            "after a %s by %s that no barrier orders before it\n    %s",

@@ -35,8 +35,13 @@ struct Chunk {
     uint16_t written = 0;
     uint16_t in_flight = 0;  // an asynchronous copy will land here
     uint16_t barrier = 0;    // an mbarrier lives here
-    uint32_t launch = 0;     // traces of earlier launches are void
+    uint32_t launch = 0;     // that has left the traces
+    // What kernels have done with it that may still run beside this launch.
+    uint16_t read_before = 0;
+    uint16_t written_before = 0;
     std::vector<Trace> traces;
+
+    void enter_launch();
 };
 
 class DeviceMemory {
@@ -89,6 +94,8 @@ private:
     bool is_shared(const void* address) const {
         return static_cast<const unsigned char*>(address) - shared() < long{SHARED_BYTES};
     }
+    void check_prerequisites(const Chunk& chunk, uint16_t bytes, Access access, const Actor& actor,
+                             const void* address) const;
     void trace(Chunk& chunk, uint16_t bytes, Access access, const Actor& actor, const void* code,
                const void* address);
     std::string describe(const void* address) const;

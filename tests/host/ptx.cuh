@@ -264,6 +264,14 @@ DEVICE void mma_f64(double* d, const double* a, const double* b,
 DEVICE uint32 shift_left(uint32 x, uint32 count) { return count < 32 ? x << count : 0; }
 
 // ---------------------------------------------------------------------------------------------
+// Kernels that overlap
+
+// Nothing depends on it: the kernel behind this one might start at any time.
+DEVICE void launch_dependents() {}
+
+DEVICE void wait_for_prerequisites() { host::wait_for_prerequisites(); }
+
+// ---------------------------------------------------------------------------------------------
 // Sums in global memory
 
 constexpr int ADD_WIDTH = 4;  // as on sm_90

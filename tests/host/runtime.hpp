@@ -57,7 +57,8 @@ unsigned char* shared_memory();
 unsigned char* shared_pointer(unsigned address);
 unsigned shared_address(const void* pointer);
 
-// Ordinary loads and stores of a kernel are checked without being asked. What else is to be checked:
+// Ordinary loads and stores of a kernel are checked without being asked. What else is to be
+// checked:
 void check_aligned(const void* address, size_t bytes);
 // A read by all lanes together, and a write by one of them, to be called within a collective.
 void check_warp_read(const void* address, size_t bytes);
@@ -104,9 +105,17 @@ void wait_bulk(int pending, bool only_read);
 // What the running thread has stored in shared memory is there for copies and products.
 void fence_async_shared();
 
+// ---- blocks and kernels side by side ------------------------------------------------------------
+
 // Turns of blocks. Blocks run one after the other, so what one waits for has come or never comes.
 void wait_for_turn(const int* counter, int turn);
+// Who finds the turn passed on comes after all that the running thread knows,
 void pass_turn(int* counter);
+// or after nothing but its own bulk copies and additions.
+void pass_turn_of_bulk(int* counter);
+
+// From now on the running thread knows that the kernels have ended with which its own overlaps.
+void wait_for_prerequisites();
 
 // ---- warpgroups ---------------------------------------------------------------------------------
 

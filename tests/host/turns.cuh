@@ -9,4 +9,4 @@ DEVICE void wait_for_turn(const int32* counter, int32 turn) { host::wait_for_tur
 
 DEVICE void pass_turn(int32* counter) { host::pass_turn(counter); }
 
-DEVICE void pass_turn_of_bulk(int32* counter) { host::pass_turn(counter); }
+DEVICE void pass_turn_of_bulk(int32* counter) { host::pass_turn_of_bulk(counter); }

@@ -8,8 +8,8 @@
 //   write ADDRESS BYTES, data, marks   -> ok        (a mark of 0: the byte counts as not written)
 //   read ADDRESS BYTES                 -> ok, data
 //   load FILE                          -> ok KERNEL
-//   launch KERNEL SEED SHARED_BYTES GRID_X GRID_Y GRID_Z BLOCK_X BLOCK_Y BLOCK_Z
-//       ARGUMENTS BYTES..., data       -> ok
+//   launch KERNEL SEED OVERLAPS SHARED_BYTES GRID_X GRID_Y GRID_Z BLOCK_X BLOCK_Y BLOCK_Z
+//       ARGUMENTS BYTES..., data       -> ok        (OVERLAPS of 1: with the launch before it)
 // A command that cannot be done is answered "error MESSAGE".
 #include <dlfcn.h>
 #include <signal.h>
@@ -63,7 +63,8 @@ static void check_arguments(const Kernel& kernel, const std::vector<size_t>& byt
     }
 }
 
-static void launch(const Kernel& kernel, void** arguments, size_t shared_bytes, unsigned seed) {
+static void launch(const Kernel& kernel, void** arguments, size_t shared_bytes, bool overlaps,
+                   unsigned seed) {
     static Block block;
     if (shared_bytes > DeviceMemory::SHARED_BYTES) {
         throw Refusal{std::to_string(shared_bytes) +
@@ -78,7 +79,7 @@ static void launch(const Kernel& kernel, void** arguments, size_t shared_bytes, 
     if (empty || gridDim.y > 65535 || gridDim.z > 65535) {
         throw Refusal{"a grid with an axis of 0 blocks, or more than 65,535 along y or z"};
     }
-    launch_serial += 1;
+    current_launch.begin(overlaps);
     std::mt19937 random(seed);
     std::vector<unsigned> order(gridDim.x * gridDim.y * gridDim.z);
     std::iota(order.begin(), order.end(), 0u);
@@ -88,6 +89,10 @@ static void launch(const Kernel& kernel, void** arguments, size_t shared_bytes, 
         blockIdx = {index % gridDim.x, rest % gridDim.y, rest / gridDim.y};
         device_memory.reset_shared(shared_bytes);
         block.run(kernel.call, arguments, random);
+    }
+    if (overlaps && !current_launch.has_waited) {
+        host::fail("the kernel may end while the one before it still runs: no thread has called "
+                   "wait_for_prerequisites");
     }
 }
 
@@ -152,6 +157,7 @@ static void check_range(const unsigned char* address, size_t bytes) {
 static void command_launch(std::istream& words) {
     const Kernel& kernel = kernels.at(take<size_t>(words));
     const unsigned seed = take<unsigned>(words);
+    const bool overlaps = take<bool>(words);
     const size_t shared_bytes = take<size_t>(words);
     for (uint3* size : {&gridDim, &blockDim}) {
         size->x = take<unsigned>(words);
@@ -171,7 +177,7 @@ static void command_launch(std::istream& words) {
     }
     check_arguments(kernel, bytes);
     alarm(120);
-    launch(kernel, arguments.data(), shared_bytes, seed);
+    launch(kernel, arguments.data(), shared_bytes, overlaps, seed);
     alarm(0);
 }
 
