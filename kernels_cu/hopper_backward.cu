@@ -36,9 +36,9 @@
 // Lower case: mbarriers, one for each stage; upper case: named barriers. dQ takes the dS of both
 // consumers. As it is computed a step late, they need not be in step: while one computes
 // exponentials, the other multiplies. Where EARLY_EXPONENTIALS is not set, P is computed behind
-// both products, with dS, and the product for dV may be issued before dS is stored (DV_FIRST); that
-// for dK may be issued before dV is waited for (DK_EARLY). A
-// consumer of whose keys no query of the step sees any stores zeros for dS and computes dQ alone.
+// both products, with dS, and the product for dV may be issued before dS is stored (DV_FIRST). That
+// for dK may be issued before dV is waited for (DK_EARLY). A consumer of whose keys no query of the
+// step sees any stores zeros for dS and computes dQ alone.
 //
 // WHOLE_HEAD: there are no writers, as a consumer adds its part of dQ to words of its own, and no
 // order in which blocks would have to add. dK and dV leave by way of dS, and the producer loads the

@@ -309,13 +309,13 @@ struct BackwardBlock {
         return is_partial(tile, first_key, Config::TILE_N);
     }
     // The same of some of the block's keys.
-    DEVICE bool is_partial(int32 tile, int32 first_key, int32 keys) const {
+    DEVICE bool is_partial(int32 tile, int32 first, int32 keys) const {
         const int32 first_query = tile * Config::TILE_M;
         const int32 last_query = first_query + Config::TILE_M - 1;
-        const int32 last_key = first_key + keys - 1;
-        return last_query >= params.seqlen_q || last_key >= params.seqlen_k ||
-               (Config::BAND && (first_key < last_query + params.band_low ||
-                                 last_key > first_query + params.band_high));
+        const int32 last = first + keys - 1;
+        return last_query >= params.seqlen_q || last >= params.seqlen_k ||
+               (Config::BAND && (first < last_query + params.band_low ||
+                                 last > first_query + params.band_high));
     }
 
     // ---- warpgroup 0 ----------------------------------------------------------------------------

@@ -45,6 +45,8 @@ def calls(families: Sequence[str]) -> None:
         (1, 1, 256, 256, 64, 64, {"causal": True}),
         (1, 1, 90, 2100, 128, 128, {}),
         (1, 1, 90, 4100, 128, 128, {"causal": True}),
+        (1, 1, 90, 2100, 96, 96, {}),
+        (1, 1, 90, 4100, 96, 64, {"causal": True}),
     ]
     # As many heads as have blocks of their own.
     sms = cupy.cuda.Device().attributes["MultiProcessorCount"]

@@ -114,6 +114,19 @@ def test_lengths_masks_and_grouped_heads(
     assert_exact(case, results, gpu)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("seqlen", "causal"), [(2100, False), (2100, True), (4150, True)])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(128, 128), (96, 96), (96, 64), (64, 96)])
+def test_backward_of_long_rows(
+    head_dim: int, head_dim_v: int, seqlen: int, causal: bool, deterministic: bool
+) -> None:
+    """Lengths from which on steps have more queries, or masks are applied otherwise."""
+    shape = 2, 1, seqlen - 7, seqlen, head_dim, head_dim_v
+    case = make_case((), *shape, BFLOAT16, seed=5, causal=causal)
+    poison_pool()
+    assert_exact(case, gpu_engine().run(case, deterministic=deterministic))
+
+
 #: Lengths and head dims with which the forward pass finds large scores in different ways.
 LONG_ROWS = [(500, 64), (2100, 64), (2100, 128), (700, 256)]
 

@@ -205,7 +205,9 @@ def test_which_calls_have_blocks_for_whole_heads(
 @pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("d", "dv"), [*HEAD_DIMS, (128, 96), (128, 64), (96, 128)])
+@pytest.mark.parametrize(
+    ("d", "dv"), [*HEAD_DIMS, (128, 96), (128, 64), (96, 128), (96, 64), (64, 96), (64, 128)]
+)
 def test_every_backward_plan_compiles_without_spills(
     d: int, dv: int, mask: str, deterministic: bool
 ) -> None:
@@ -238,6 +240,19 @@ def test_every_call_has_a_plan_that_fits(mask: str) -> None:
         consumers = plan.warps // 4 - 1
         threads = plan.producer_registers + consumers * plan.consumer_registers
         assert 128 * threads <= 65536
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_call_has_a_backward_plan_that_fits(mask: str, deterministic: bool) -> None:
+    dims = (8, 40, 64, 80, 96, 128, 160, 192, 256)
+    lengths = {1, *hopper_backward.lengths(), 16384}
+    for d, dv, seqlen in itertools.product(dims, dims, lengths):
+        plans = backward_plans(simple_call(seqlen, d, dv, **MASKS[mask]), deterministic)
+        plan = [*plans.values()][-1]
+        assert plan.head_dim >= d
+        assert plan.head_dim_v >= dv
+        assert plan.shared_bytes <= HOPPER.shared_bytes
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -347,7 +362,7 @@ def test_maps_of_a_launch() -> None:
     q = aligned((2, 300, 4, 72), FLOAT16).swapaxes(1, 2)
     k = aligned((2, 200, 72), FLOAT16)[:1, None]
     v = aligned((2, 2, 200, 64), FLOAT16)[:, :1]
-    launch = make_launch("hopper_forward", call_of(q, k, v), FakeMachine(HOPPER))
+    launch = make_launch("hopper_forward", call_of(q, k, v), FakeMachine(HOPPER), first=True)
     tiles = launch.plan
     assert dict(launch.maps) == {
         "q": BoxMap(
@@ -383,7 +398,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[BoxMap]:
 
 
 def test_launches_are_prepared_once_for_the_same_addresses(encoded: list[BoxMap]) -> None:
-    launch = make_launch("hopper_forward", simple_call(100, 64, 64), FakeMachine(HOPPER))
+    launch = make_launch(
+        "hopper_forward", simple_call(100, 64, 64), FakeMachine(HOPPER), first=True
+    )
     assert launch.tensors == ("q", "k", "v", "o", "lse")
     work, stream = Work((launch,), ()), 7
     (prepared,) = prepare(work, stream, 16, 32, 48, 64, 80)
@@ -443,7 +460,7 @@ def test_tickets_are_cleared_by_a_kernel_ahead() -> None:
 
 def test_a_launch_has_no_more_blocks_than_there_are_multiprocessors() -> None:
     few, many = (
-        make_launch("hopper_forward", simple_call(n, 64, 64), FakeMachine(HOPPER)).blocks
+        make_launch("hopper_forward", simple_call(n, 64, 64), FakeMachine(HOPPER), True).blocks
         for n in (300, 100_000)
     )
     assert (few, many) == (2, 132)

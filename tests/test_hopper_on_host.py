@@ -307,11 +307,19 @@ def test_gradients_equal_those_of_dense_softmax(both: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (90, 20)}], ids=str)
-@pytest.mark.parametrize(("head_dim_v", "deterministic"), [(128, False), (128, True), (64, False)])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "deterministic"),
+    [(128, 128, False), (128, 128, True), (128, 64, False), (96, 96, False), (64, 96, True)],
+)
 def test_plans_of_long_sequences(
-    long_plans: None, both: Run, mask: dict[str, Any], head_dim_v: int, deterministic: bool
+    long_plans: None,
+    both: Run,
+    mask: dict[str, Any],
+    head_dim: int,
+    head_dim_v: int,
+    deterministic: bool,
 ) -> None:
-    case = make_case((), 2, 1, 250, 300, 128, head_dim_v, BFLOAT16, seed=3, **mask)
+    case = make_case((), 2, 1, 250, 300, head_dim, head_dim_v, BFLOAT16, seed=3, **mask)
     assert_exact(case, both(case, deterministic))
 
 

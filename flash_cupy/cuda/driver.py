@@ -45,7 +45,7 @@ class _Config(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     """Return the driver's library."""
-    return ctypes.CDLL("libcuda.so.1")
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 @cache

@@ -216,7 +216,7 @@ def make_work(call: Call, deterministic: bool, machine: Machine) -> Work:
     }
     call = replace(call, tensors={**call.tensors, **workspace})
     launches = tuple(
-        make_launch(kernel, call, machine, first=kernel is kernels[0]) for kernel in kernels
+        make_launch(kernel, call, machine, first=n == 0) for n, kernel in enumerate(kernels)
     )
     return Work(launches, tuple(workspace.values()))
 
@@ -269,7 +269,7 @@ def choose_family(call: Call, machine: Machine) -> Family:
     return "portable"
 
 
-def make_launch(kernel: str, call: Call, machine: Machine, first: bool = True) -> Launch:
+def make_launch(kernel: str, call: Call, machine: Machine, first: bool) -> Launch:
     """Plan a kernel and fill its parameters, all but the addresses of the tensors.
 
     ``first``: it is the call's first one, which waits for all that is in the stream before it.

@@ -54,8 +54,12 @@ class HopperBackwardPlan(HopperPlan):
         super().__post_init__()
         if self.warps % 4 or self.tile_n != GROUP_ROWS * self.consumers:
             raise ValueError(f"{self.warps} warps cannot own tile_n={self.tile_n} keys")
-        if self.consumers % ceil_div(self.head_dim, BOX_COLUMNS):
-            raise ValueError(f"{self.consumers} consumers cannot share dQ's {self.head_dim} dims")
+        blocks = ceil_div(self.head_dim, BOX_COLUMNS)
+        if self.consumers % blocks or self.tile_m * blocks // self.consumers % 16:
+            raise ValueError(
+                f"{self.consumers} consumers cannot share dQ of tile_m={self.tile_m} queries and "
+                f"{self.head_dim} dims"
+            )
 
     @property
     def consumers(self) -> int:
@@ -260,8 +264,9 @@ class BackwardTiles(NamedTuple):
         )
 
 
-#: Steps of 80 queries take all registers.
-_EIGHTY: dict[str, Any] = dict(alibi=False, softcap=False, min_head_dim=96, writers_fence=False)
+#: Steps of 80 queries: they leave no registers to ALiBi and softcap, and each consumer computes dQ
+#: of 64 dims, so there are to be two such blocks of dims.
+_EIGHTY: dict[str, Any] = dict(alibi=False, softcap=False, min_head_dim=96)
 
 #: By the largest head dim; of each list the first row that suits.
 BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
@@ -275,15 +280,13 @@ BACKWARD_TILES: dict[int, list[BackwardTiles]] = {
         BackwardTiles(64),
     ],
     96: [
-        BackwardTiles(
-            80, alibi=False, softcap=False, band=False, min_seqlen=2048, early_exponentials=True
-        ),
-        BackwardTiles(80, alibi=False, softcap=False, min_seqlen=4096),
+        BackwardTiles(80, **_EIGHTY, band=False, min_seqlen=2048, early_exponentials=True),
+        BackwardTiles(80, **_EIGHTY, min_seqlen=4096),
         BackwardTiles(64),
     ],
     128: [
-        BackwardTiles(80, **_EIGHTY, band=False, min_seqlen=1024),
-        BackwardTiles(80, **_EIGHTY, own_masks=False, min_seqlen=4096),
+        BackwardTiles(80, **_EIGHTY, band=False, min_seqlen=1024, writers_fence=False),
+        BackwardTiles(80, **_EIGHTY, min_seqlen=4096, own_masks=False, writers_fence=False),
         BackwardTiles(64),
     ],
     192: [
