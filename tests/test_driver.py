@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +18,12 @@ ARGUMENTS = (np.array([7], np.int64), np.array([1.5]))
 
 
 class FakeDriver:
-    """Answers launches with the errors that it is given, at last with success."""
+    """Answers launches with an error, or 0, and says which context a thread has."""
 
-    def __init__(self, *errors: int, version: int = 12080) -> None:
-        self.errors = [*errors, 0]
+    def __init__(self, error: int = 0, version: int = 12080, context: int = 0) -> None:
+        self.error = error
         self.version = version
+        self.context = context
         self.launches: list[tuple[Any, ...]] = []
 
     def cuLaunchKernelEx(self, config: Any, function: Any, arguments: Any, extra: None) -> int:
@@ -38,10 +41,14 @@ class FakeDriver:
                 values,
             )
         )
-        return self.errors.pop(0)
+        return self.error
 
     def cuDriverGetVersion(self, version: Any) -> int:
         version._obj.value = self.version
+        return 0
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        context._obj.value = self.context
         return 0
 
 
@@ -70,7 +77,7 @@ def test_layout_is_the_driver_s() -> None:
 
 
 def test_launch_may_be_repeated(install: Any) -> None:
-    fake = install(FakeDriver(0))
+    fake = install(FakeDriver())
     prepared = launch()
     prepared()
     prepared()
@@ -84,25 +91,31 @@ def test_launches_overlap_if_the_driver_can(install: Any, version: int, attribut
     assert fake.launches[0][1] == attribute
 
 
-def test_a_thread_s_first_launch_gets_a_context(
-    install: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("context", [0, 5])
+def test_a_thread_gets_a_context_once_if_it_has_none(
+    install: Any, monkeypatch: pytest.MonkeyPatch, context: int
 ) -> None:
-    cupy = pytest.importorskip("cupy")
-    fake = install(FakeDriver(driver._INVALID_CONTEXT))
-    freed: list[int] = []
-    monkeypatch.setattr(cupy.cuda, "runtime", SimpleNamespace(free=freed.append))
-    launch()()
-    assert len(fake.launches) == 2 and freed == [0]
+    install(FakeDriver(context=context))
+    asked: list[int] = []
+    runtime = SimpleNamespace(memGetInfo=lambda: asked.append(threading.get_ident()))
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    def enter_twice() -> None:
+        driver.enter_thread()
+        driver.enter_thread()
+
+    for _ in range(2):
+        thread = threading.Thread(target=enter_twice)
+        thread.start()
+        thread.join()
+    assert len(asked) == (0 if context else 2)
 
 
-@pytest.mark.parametrize("errors", [(701,), (driver._INVALID_CONTEXT, 701)])
-def test_an_error_is_raised(
-    install: Any, monkeypatch: pytest.MonkeyPatch, errors: tuple[int, ...]
-) -> None:
-    cupy = pytest.importorskip("cupy")
-    install(FakeDriver(*errors))
-    monkeypatch.setattr(cupy.cuda, "runtime", SimpleNamespace(free=lambda address: None))
+def test_an_error_is_raised(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(FakeDriver(error=701))
     # CuPy's own error asks the driver for its text.
-    monkeypatch.setattr(cupy.cuda, "driver", SimpleNamespace(CUDADriverError=RuntimeError))
+    cuda = SimpleNamespace(driver=SimpleNamespace(CUDADriverError=RuntimeError))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     with pytest.raises(RuntimeError, match=r"^701$"):
         launch()()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 # Numbers of the driver's API, from cuda.h.
-_INVALID_CONTEXT = 201
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 #: The first driver that lets CUDA graphs capture launches that overlap: 12.3.
@@ -46,6 +46,23 @@ class _Config(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """Return the driver's library."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+_thread = threading.local()
+
+
+def enter_thread() -> None:
+    """See to it that this thread has a context, without which the driver refuses all it is asked.
+
+    CuPy leaves that to CUDA's runtime, which gives a thread one when it first needs it.
+    """
+    if getattr(_thread, "entered", False):
+        return
+    context = ctypes.c_void_p()
+    library().cuCtxGetCurrent(ctypes.byref(context))
+    if not context.value:
+        sys.modules["cupy"].cuda.runtime.memGetInfo()
+    _thread.entered = True
 
 
 @cache
@@ -101,20 +118,13 @@ class PreparedLaunch:
         self._how = ctypes.byref(self._config), ctypes.c_void_p(function), pointers, None
 
     def __call__(self) -> None:
-        """Launch the kernel.
+        """Launch the kernel, in a thread that has a context, see `enter_thread`.
 
         Raises
         ------
         cupy.cuda.driver.CUDADriverError
             The driver refuses the launch.
         """
-        launch = library().cuLaunchKernelEx
-        error = launch(*self._how)
-        if error == 0:
-            return
-        cuda = sys.modules["cupy"].cuda
-        if error == _INVALID_CONTEXT:
-            cuda.runtime.free(0)  # this thread has not used the GPU before
-            error = launch(*self._how)
+        error = library().cuLaunchKernelEx(*self._how)
         if error:
-            raise cuda.driver.CUDADriverError(error)
+            raise sys.modules["cupy"].cuda.driver.CUDADriverError(error)

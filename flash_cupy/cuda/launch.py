@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..arrays import Array
 from ..gpu import current_device
 from . import compiler, tensor_maps
-from .driver import PreparedLaunch
+from .driver import PreparedLaunch, enter_thread
 from .params import ATTENTION_PARAMS
 from .plan import Card, KernelPlan
 from .tensor_maps import BoxMap
@@ -149,6 +149,7 @@ class Gpu:
 
         What they no longer use is given back to the allocator, which keeps the stream's order.
         """
+        enter_thread()
         cuda = sys.modules["cupy"].cuda
         if work.workspace:
             memory = cuda.alloc(work.offsets[-1])
