@@ -11,8 +11,8 @@ struct HeadTile {
 // first the first tiles of all its heads, then the second ones, and so on. With one head a section
 // its tiles are neighbours, so that what they share stays in L2. Where tiles differ in length, the
 // first are the longest, and a section has enough tiles for all blocks that run at a time, so that
-// the blocks which end last are short ones. Where they wait for each other's turns, tiles of one
-// head start so far apart that they need not.
+// the blocks which end last are short ones. Where blocks of a head take turns, a section lets them
+// start so far apart that they need not wait for each other.
 DEVICE HeadTile nth_head_tile(uint32 number, uint32 tiles, uint32 heads, uint32 section) {
     const uint32 first = number / (section * tiles) * section;
     const uint32 rest = number - first * tiles;

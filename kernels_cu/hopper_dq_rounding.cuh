@@ -95,8 +95,8 @@ struct DqRounding {
     DEVICE int32* rounded(uint32 key_head) const {
         return added(key_head) + params.dq_counts.row;
     }
-    // Until a head's place is free, and has zeros, for wide kernels' consumers, too, whom nobody else
-    // tells so.
+    // Until a head's place is free and has zeros. Wide kernels' consumers have not waited for the
+    // kernel that clears it before.
     DEVICE void wait_for_place(uint32 key_head) const {
         wait_for_prerequisites();
         if (key_head < params.dq_heads) return;

@@ -29,9 +29,9 @@ DEVICE void pass_turn(int32* counter) {
 }
 
 // The same after nothing but this thread's bulk copies and additions, which have been waited for
-// (wait_bulk). They are in L2 by then, where all multiprocessors meet them, so there is nothing to
-// wait for any more. CUDA's memory model does not promise that a relaxed addition makes them
-// visible to others: it is how Hopper works.
+// (wait_bulk). It takes them to be in L2 by then, where all multiprocessors meet them, so that there
+// is nothing to wait for any more. CUDA's memory model does not promise that a relaxed addition
+// makes them visible to others, and no test has shown it for all cases (NOTES.md: "Open").
 DEVICE void pass_turn_of_bulk(int32* counter) {
     asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
                  : "memory");

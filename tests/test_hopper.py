@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cubins import BAD_WARNINGS
+from cubins import HOPPER as HOPPER_CARD
 from strategies import BFLOAT16, FLOAT16, FLOAT32
 
 from flash_cupy.arrays import address
@@ -23,7 +24,7 @@ from flash_cupy.cuda.tensor_maps import MAP_BYTES, BoxMap
 from flash_cupy.cuda.tensors import Layout, alignment
 from flash_cupy.problem import Options, Problem
 
-HOPPER = Card((9, 0), 227 << 10, multiprocessors=132, hopper=True)
+HOPPER = Card(**HOPPER_CARD)
 AMPERE = Card((8, 0), 163 << 10, multiprocessors=108)
 MASKS: dict[str, dict[str, Any]] = {
     "full": {},

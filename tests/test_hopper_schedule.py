@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
+from cubins import HOPPER as HOPPER_CARD
 from hypothesis import assume, given, settings
 from strategies import BFLOAT16, windows
 
@@ -24,7 +25,7 @@ from flash_cupy.cuda.plan import Card, ceil_div
 from flash_cupy.cuda.tensors import Layout
 from flash_cupy.problem import Options, Problem
 
-HOPPER = Card((9, 0), 227 << 10, multiprocessors=132, hopper=True)
+HOPPER = Card(**HOPPER_CARD)
 HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
 
 #: More take long; fewer multiprocessors show as well what happens after the first places.

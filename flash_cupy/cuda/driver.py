@@ -1,4 +1,4 @@
-"""What CuPy does not offer of the CUDA driver, called by ctypes: launches that overlap."""
+"""The CUDA driver, called by ctypes: launches that overlap, which CuPy does not offer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-# Numbers of the driver's API, from cuda.h.
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, from cuda.h.
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 #: The first driver that lets CUDA graphs capture launches that overlap: 12.3.

@@ -1,6 +1,6 @@
 """The kernels' argument struct as NumPy dtypes: the mirror of kernels_cu/params.cuh.
 
-A size-1 array of `ATTENTION_PARAMS` is what a kernel takes; CuPy passes it by value.
+A size-1 array of `ATTENTION_PARAMS` is what a kernel takes by value.
 """
 
 from __future__ import annotations
